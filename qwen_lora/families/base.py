@@ -1,0 +1,158 @@
+"""What differs between model families, as one small interface.
+
+Nothing outside `families/` knows channel counts, latent scales, packing, templates or text widths.
+`Family` objects are cheap and import no torch until a method needs it.
+
+Shapes: B samples, C latent channels, H x W image pixels, h x w latent pixels, T text tokens, D text width.
+Every size is [height, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_lora.models import ModelFolder
+
+
+@dataclass(frozen=True)
+class EncodedCaption:
+    """One caption's conditioning."""
+
+    prompt_embeds: torch.Tensor  # [T, D], compute dtype, CPU, trimmed to its true length
+    prompt_mask: (
+        torch.Tensor
+    )  # [T] bool, CPU; all True for families that never mask inside a prompt
+
+
+@dataclass(frozen=True)
+class EncodedLatents:
+    """Normalised latents of a batch, on the CPU in float32."""
+
+    mean: torch.Tensor  # [B, C, h, w], the posterior's mode
+    std: torch.Tensor  # [B, C, h, w], the posterior's spread in the same normalised units
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    tokens: int  # kept by the encoder: what prompt_embeds will have as T
+    truncated: int  # tokens cut off the end of the caption
+
+
+class PromptTokenizer(Protocol):
+    def count(self, captions: Sequence[str]) -> list[TokenCount]:
+        """Token counts without the text encoder; equal to what `PromptEncoder.encode` returns."""
+        ...
+
+
+class PromptEncoder(Protocol):
+    text_width: int  # D
+
+    def encode(self, captions: Sequence[str]) -> list[EncodedCaption]:
+        """Encode one batch of captions in the model's own template. One forward pass."""
+        ...
+
+
+class LatentEncoder(Protocol):
+    def encode(self, pixels: torch.Tensor) -> EncodedLatents:
+        """Encode one batch. pixels: [B, 3, H, W] float32 in [-1, 1], any device."""
+        ...
+
+
+class Family(Protocol):
+    """One architecture's answers. Stage 1 uses the encoders, stage 2 the transformer, never both."""
+
+    name: str  # "qwen-image"; stands in every shard set's fingerprint
+    pipeline_class: str  # `_class_name` in model_index.json
+    transformer_class: str  # `_class_name` in transformer/config.json
+    image_multiple: int  # image sides are multiples of this many pixels
+    latent_channels: int  # C
+    latent_scale: int  # pixels per latent pixel, each side
+
+    # ---- stage 1 ----------------------------------------------------------------------------
+
+    def encoder_facts(self, model: ModelFolder) -> dict[str, Any]:
+        """What shapes the tensors besides weights and dtypes: named config keys, the template, the
+        token limits, tokenizer file hashes. JSON values; `vae` and `text` are separate keys, since
+        latent ids depend on the first and text ids on the second."""
+        ...
+
+    def load_tokenizer(self, model: ModelFolder) -> PromptTokenizer: ...
+
+    def load_prompt_encoder(
+        self,
+        model: ModelFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str = "none",
+        offload: bool = False,
+    ) -> PromptEncoder:
+        """Load only the text encoder (no vision tower, no lm_head). `offload` streams the layers
+        from host memory through accelerate; `quantization` is none, int8 or nf4."""
+        ...
+
+    def load_latent_encoder(
+        self, model: ModelFolder, *, device: torch.device, dtype: torch.dtype
+    ) -> LatentEncoder: ...
+
+    # ---- stage 2 ----------------------------------------------------------------------------
+
+    def transformer_facts(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """`latent_channels` and `text_width` that a transformer config implies, for the check
+        against a shard set before any weight is read."""
+        ...
+
+    def load_transformer(
+        self,
+        model: ModelFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        base_precision: str = "bf16",
+    ) -> torch.nn.Module:
+        """The frozen transformer in eval mode. base_precision int8 or nf4 replaces the block
+        Linears with bitsandbytes' while loading; any other value leaves `dtype`."""
+        ...
+
+    def velocity(
+        self,
+        transformer: Callable[..., Any],
+        latents: torch.Tensor,
+        sigmas: torch.Tensor,
+        prompt_embeds: Sequence[torch.Tensor],
+        prompt_masks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Predicted velocity for noised latents.
+
+        latents: [B, C, h, w] float32; sigmas: [B] float32, already rounded to the compute dtype;
+        prompt_embeds: B tensors [T_i, D]; prompt_masks: B tensors [T_i] bool.
+        Returns [B, C, h, w] float32. No attention mask is built when all T_i are equal and true.
+        """
+        ...
+
+    def lora_target_modules(
+        self, transformer: torch.nn.Module, targets: str | Sequence[str]
+    ) -> list[str]:
+        """Full module names for a named set (`attention`, `attention+text`, `all-linear`,
+        `all-linear+mod`) or a list of name endings, without modules that get no gradient.
+        Raises InputError for an ending that matches nothing."""
+        ...
+
+    def timestep_shift(
+        self, scheduler_config: Mapping[str, Any], latent_size: tuple[int, int]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The scheduler's own shift for one latent size [h, w], as a function on sigmas."""
+        ...
+
+    def image_tokens(self, latent_size: tuple[int, int]) -> int:
+        """Transformer tokens of one image, for planning."""
+        ...
+
+    def pipeline(self) -> Any:
+        """The diffusers pipeline class, for sampling and for saving LoRA files."""
+        ...

@@ -1,0 +1,100 @@
+"""Calls that only POSIX has, in one place: durable files, locks.
+
+On other systems the functions that read still work; those that need a lock or fsync a folder degrade
+to the nearest thing the platform has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from qwen_lora.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power loss."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_file(temporary: Path, final: Path) -> None:
+    """Give a finished, fsynced temporary its final name in one step and make the name durable."""
+    os.replace(temporary, final)
+    fsync_folder(final.parent)
+
+
+@contextmanager
+def temporary_file(folder: Path, prefix: str) -> Iterator[tuple[IO[bytes], Path]]:
+    """A new file in `folder` with a random name; fsynced on success, removed on any error.
+
+    The caller publishes the path after the block. Opened O_EXCL and without following links.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+    path = Path(name)
+    try:
+        os.chmod(path, 0o666 & ~_umask())
+        with os.fdopen(descriptor, "wb") as file:
+            yield file, path
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(final: Path, data: bytes, temporary_folder: Path | None = None) -> None:
+    """Write `data` under `final`'s name so that the file is whole or absent, whatever happens."""
+    with temporary_file(temporary_folder or final.parent, f".{final.name}-") as (file, path):
+        file.write(data)
+    publish_file(path, final)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def exclusive_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold `path` as a lock while the block runs.
+
+    Raises InputError naming the holder's process id when another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="ascii")
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                file.seek(0)
+                holder = file.read(32).strip() or "unknown"
+                raise InputError(
+                    f"{what} is in use by process {holder}; wait for it to end or stop it"
+                ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        file.close()
