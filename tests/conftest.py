@@ -1,0 +1,57 @@
+"""What all tests share: one thread, no network, a tiny model and a few captioned images."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen_lora.tiny_model import write_tiny_model
+
+torch.set_num_threads(1)
+
+IMAGE_SIZES = [(96, 96), (64, 128), (128, 64), (160, 96)]  # [height, width]
+IMAGE_COLORS = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline folder, written once; tests must not change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def transformer_only(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without its VAE, text encoder and tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "transformer-only"
+    for name in ("transformer", "scheduler"):
+        shutil.copytree(tiny_model / name, folder / name)
+    shutil.copy(tiny_model / "model_index.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 captioned PNGs of 4 sizes and 3 colours; tests must not change it."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        height, width = IMAGE_SIZES[index % len(IMAGE_SIZES)]
+        channel = index % len(IMAGE_COLORS)
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[..., channel] = np.linspace(60, 250, width, dtype=np.uint8)
+        top, left = (int(value) for value in rng.integers(8, 32, size=2))
+        pixels[top : top + 24, left : left + 24] = rng.integers(0, 256, size=3)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        caption = f"a {IMAGE_COLORS[channel]} picture with a small square, number {index}"
+        (folder / f"{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
