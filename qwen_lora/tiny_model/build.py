@@ -1,5 +1,5 @@
 # ruff: noqa: TID253
-"""Builds the tiny pipeline: random weights in the real classes, and latent statistics that fit them."""
+"""Builds the tiny pipeline: random weights in the real classes, latent statistics to fit them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,16 @@ def write_pipeline(folder: Path, seed: int) -> None:
     """See `qwen_lora.tiny_model.write_tiny_model`."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; name a new one")
-    make_pipeline(seed).save_pretrained(str(folder))
+    from transformers.utils import logging
+
+    pipeline = make_pipeline(seed)
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        pipeline.save_pretrained(str(folder))
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def make_pipeline(seed: int) -> Any:
@@ -122,7 +131,7 @@ def make_vae(seed: int) -> Any:
     from diffusers import AutoencoderKLQwenImage
 
     vae = AutoencoderKLQwenImage(
-        base_dim=16,
+        base_dim=8,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 4, 4],
         num_res_blocks=1,
@@ -131,6 +140,10 @@ def make_vae(seed: int) -> Any:
     ).eval()
     images = synthetic_images(48, 96, 96, seed=seed)  # [N, 3, H, W]
     with torch.no_grad():
+        # Like a trained VAE's posterior: means that vary by about 1, with a spread of exp(-3).
+        vae.quant_conv.weight[:LATENT_CHANNELS] *= 15
+        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.5
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
         latents = vae.encode(images[:, :, None]).latent_dist.mode()  # [N, C, 1, h, w]
     # Rounded, so that float noise between processors does not show in the config.
     mean = [round(float(value), 4) for value in latents.mean(dim=(0, 2, 3, 4))]
