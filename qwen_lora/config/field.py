@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Command = Literal["precompute", "train", "both"]
 Changes = Literal["shards", "result", "nothing"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows no other keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
 
 
 @dataclass(frozen=True)
@@ -28,3 +43,68 @@ def setting(default: Any, text: str, *, command: Command, changes: Changes, **ch
         json_schema_extra={"command": command, "changes": changes},
         **checks,
     )
+
+
+def facts(field: FieldInfo) -> SettingFacts:
+    """What `setting` declared about a field."""
+    extra: Any = field.json_schema_extra
+    return SettingFacts(command=extra["command"], changes=extra["changes"])
+
+
+# ---- types that read what people write -------------------------------------------------------
+
+
+def _local_path(value: Any) -> Any:
+    """`~` is the home folder; an empty name and a URL are errors, not odd folders."""
+    text = str(value) if isinstance(value, Path) else value
+    if not isinstance(text, str):
+        return value
+    if not text.strip():
+        raise ValueError("a path is needed, this one is empty")
+    if "://" in text:
+        raise ValueError(f"{text!r} is a URL; this version reads local folders only")
+    return Path(text).expanduser()
+
+
+def _as_list(value: Any) -> Any:
+    """One value or several separated by commas, where a list is meant."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | Path) else value
+
+
+def _none_is_empty(value: Any) -> Any:
+    parts = _as_list(value)
+    if isinstance(parts, list):
+        return [part for part in parts if part != "none"]
+    return parts
+
+
+def _split_commas(value: Any) -> Any:
+    return _as_list(value) if isinstance(value, str) and "," in value else value
+
+
+def _typed_leaves(value: Any) -> Any:
+    """Arguments of unknown type: numbers, true and false are read as such, the rest is text."""
+    if isinstance(value, dict):
+        return {key: _typed_leaves(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_typed_leaves(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    readers: tuple[Callable[[str], Any], ...] = (int, float)
+    for read in readers:
+        try:
+            return read(value)
+        except ValueError:
+            continue
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local_path)]
+ListOf = BeforeValidator(_as_list)
+ListOrNone = BeforeValidator(_none_is_empty)
+SplitCommas = BeforeValidator(_split_commas)
+TypedLeaves = BeforeValidator(_typed_leaves)

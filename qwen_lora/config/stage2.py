@@ -1,0 +1,262 @@
+"""The settings that only train reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, field_validator
+
+from qwen_lora.config.field import (
+    ListOf,
+    ListOrNone,
+    LocalPath,
+    Section,
+    SplitCommas,
+    TypedLeaves,
+    setting,
+)
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+
+
+def _path_as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+class ShardSource(Section):
+    """One entry of `shards`."""
+
+    path: LocalPath
+    weight: float = setting(1.0, "Visits an epoch.", command="train", changes="result", gt=0)
+
+
+class TrainSettings(Section):
+    """What runs, the LoRA, the optimizer, the objective, checkpoints and logs."""
+
+    # -- train: what runs ----------------------------------------------------------------------
+    shards: Annotated[list[Annotated[ShardSource, BeforeValidator(_path_as_source)]], ListOf] = (
+        setting(
+            [],
+            "Shard sets with weights; empty: shards_dir.",
+            command="train",
+            changes="result",
+        )
+    )
+    output_dir: LocalPath = setting(
+        Path("output"), "Where the run is written.", command="train", changes="nothing"
+    )
+    train_batch_size: int = setting(
+        1, "Samples of one forward pass on one device.", command="train", changes="result", ge=1
+    )
+    gradient_accumulation_steps: int = setting(
+        1,
+        "Forward passes of one optimizer step on each device.",
+        command="train",
+        changes="result",
+        ge=1,
+    )
+    max_train_steps: int = setting(
+        3000, "Optimizer steps.", command="train", changes="result", ge=1
+    )
+    num_processes: int = setting(
+        1,
+        "Devices; the command starts that many processes.",
+        command="train",
+        changes="nothing",
+        ge=1,
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
+        "auto",
+        "Compute type of the transformer; auto: bf16 on a GPU that has it, no on a CPU.",
+        command="train",
+        changes="result",
+    )
+    base_precision: Literal["bf16", "int8", "nf4"] = setting(
+        "bf16",
+        "How the frozen block weights are held; bf16 means: in the compute type.",
+        command="train",
+        changes="result",
+    )
+    gradient_checkpointing: bool = setting(
+        True,
+        "Recompute activations in the backward pass: less memory, about 30 % more time.",
+        command="train",
+        changes="nothing",
+    )
+
+    # -- train: LoRA ---------------------------------------------------------------------------
+    rank: int = setting(16, "LoRA rank.", command="train", changes="result", ge=1)
+    lora_alpha: float | None = setting(
+        None, "LoRA alpha; empty: the rank.", command="train", changes="result", gt=0
+    )
+    lora_dropout: float = setting(
+        0.0, "Dropout in front of the LoRA.", command="train", changes="result", ge=0, lt=1
+    )
+    lora_init: Literal["gaussian", "kaiming", "orthogonal"] = setting(
+        "gaussian",
+        "How LoRA's A is initialised; B starts at zero (orthogonal: both, product zero).",
+        command="train",
+        changes="result",
+    )
+    use_rslora: bool = setting(
+        False, "Scale by alpha / sqrt(rank).", command="train", changes="result"
+    )
+    lora_targets: Annotated[str | list[str], SplitCommas] = setting(
+        "attention",
+        "attention, attention+text, all-linear, all-linear+mod, or a list of module endings.",
+        command="train",
+        changes="result",
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32",
+        "Type of the LoRA file.",
+        command="train",
+        changes="nothing",
+    )
+
+    # -- train: optimizer ----------------------------------------------------------------------
+    optimizer: str = setting(
+        "adamw", "adamw, adamw8bit, prodigy, or module.Class.", command="train", changes="result"
+    )
+    optimizer_args: Annotated[dict[str, Any], TypedLeaves] = setting(
+        {}, "More arguments of the optimizer.", command="train", changes="result"
+    )
+    learning_rate: float = setting(
+        1e-4, "Peak learning rate.", command="train", changes="result", gt=0
+    )
+    adam_beta1: float = setting(0.9, "Adam's beta1.", command="train", changes="result", ge=0, lt=1)
+    adam_beta2: float = setting(
+        0.999, "Adam's beta2.", command="train", changes="result", ge=0, lt=1
+    )
+    adam_weight_decay: float = setting(
+        0.01, "AdamW's weight decay.", command="train", changes="result", ge=0
+    )
+    adam_epsilon: float = setting(1e-8, "Adam's epsilon.", command="train", changes="result", gt=0)
+    max_grad_norm: float = setting(
+        1.0,
+        "Gradients are clipped to this norm; 0: never.",
+        command="train",
+        changes="result",
+        ge=0,
+    )
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = setting(
+        "constant",
+        "Any diffusers schedule.",
+        command="train",
+        changes="result",
+    )
+    lr_warmup_steps: int = setting(
+        0, "Steps of linear warm-up.", command="train", changes="result", ge=0
+    )
+    lr_num_cycles: int = setting(
+        1, "Restarts of cosine_with_restarts.", command="train", changes="result", ge=1
+    )
+    lr_power: float = setting(
+        1.0, "Exponent of polynomial.", command="train", changes="result", gt=0
+    )
+    lr_step_rules: str | None = setting(
+        None,
+        "Rules of piecewise_constant, as diffusers writes them: 1:10,0.1:20,0.01.",
+        command="train",
+        changes="result",
+    )
+
+    # -- train: objective ----------------------------------------------------------------------
+    timestep_sampling: Literal["none", "logit_normal", "mode"] = setting(
+        "none",
+        "Density of the noise level; none is uniform.",
+        command="train",
+        changes="result",
+    )
+    logit_mean: float = setting(0.0, "Mean of logit_normal.", command="train", changes="result")
+    logit_std: float = setting(
+        1.0, "Spread of logit_normal.", command="train", changes="result", gt=0
+    )
+    mode_scale: float = setting(1.29, "Scale of mode.", command="train", changes="result")
+    loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = setting(
+        "none",
+        "Weight of the loss over the noise level.",
+        command="train",
+        changes="result",
+    )
+    timestep_shift: float | Literal["none", "model"] = setting(
+        "none",
+        "none, a number, or model: the scheduler's own shift.",
+        command="train",
+        changes="result",
+    )
+    shuffle: Literal["full", "block"] = setting(
+        "full",
+        "block: shuffle inside blocks of shards, for sets larger than the cache.",
+        command="train",
+        changes="result",
+    )
+
+    # -- train: checkpoints, validation, logs --------------------------------------------------
+    checkpointing_steps: int = setting(
+        250, "Steps between checkpoints.", command="train", changes="nothing", ge=1
+    )
+    checkpoints_total_limit: int = setting(
+        10, "Checkpoints kept.", command="train", changes="nothing", ge=1
+    )
+    resume_from_checkpoint: str = setting(
+        "latest",
+        "latest, or the name of a checkpoint folder in the run.",
+        command="train",
+        changes="nothing",
+    )
+    validation_fraction: float = setting(
+        0.0,
+        "Share of images held out of training for the validation loss.",
+        command="train",
+        changes="result",
+        ge=0,
+        lt=1,
+    )
+    validation_steps: int = setting(
+        250, "Steps between validations; 0: never.", command="train", changes="nothing", ge=0
+    )
+    validation_max_images: int = setting(
+        64, "Most images one validation looks at.", command="train", changes="nothing", ge=1
+    )
+    logging_steps: int = setting(
+        10, "Steps between lines of metrics.jsonl.", command="train", changes="nothing", ge=1
+    )
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], ListOrNone] = setting(
+        [],
+        "Trackers besides metrics.jsonl.",
+        command="train",
+        changes="nothing",
+    )
+    tracker_project_name: str = setting(
+        "qwen-lora", "Project name for trackers.", command="train", changes="nothing"
+    )
+    logging_dir: LocalPath = setting(
+        Path("logs"), "Folder of the trackers, inside the run.", command="train", changes="nothing"
+    )
+    read_ahead: int = setting(
+        4, "Micro-batches read and decoded ahead.", command="train", changes="nothing", ge=0
+    )
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        if value in OPTIMIZERS or "." in value.strip("."):
+            return value
+        raise ValueError(f"must be {', '.join(OPTIMIZERS)} or module.Class, not {value!r}")
+
+    @field_validator("lora_targets")
+    @classmethod
+    def _some_target(cls, value: str | list[str]) -> str | list[str]:
+        if not value or (isinstance(value, list) and "" in value):
+            raise ValueError("names no module")
+        return value
