@@ -1,0 +1,101 @@
+# ruff: noqa: TID253
+"""The training objective: flow matching on cached latents.
+
+    x_t = (1 - sigma) z + sigma noise,   target = noise - z,   loss = w(sigma) mean((v - target)^2)
+
+("Flow Matching for Generative Modeling", Lipman et al., 2023, with the straight paths of rectified
+flow, Liu et al., 2023; the convention of diffusers' train_dreambooth_lora_qwen_image.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qwen_lora.families import family_by_class
+from qwen_lora.families.base import Family
+from qwen_lora.train.timesteps import loss_weight, round_to
+
+
+def flow_matching_loss(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    prompt_embeds: Sequence[torch.Tensor],
+    prompt_masks: Sequence[torch.Tensor],
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    weighting_scheme: str = "none",
+    family: Family | None = None,
+) -> torch.Tensor:
+    """The loss of each sample of one micro-batch.
+
+    transformer: the model with or without LoRA, plain, compiled or wrapped by DDP;
+    latents: [B, C, h, w] float32, normalised; noise: the same shape, standard normal;
+    prompt_embeds: B tensors [T_i, D]; prompt_masks: B tensors [T_i] bool, True for real tokens;
+    sigmas: [B] in (0, 1], rounded here to the transformer's compute dtype;
+    weighting_scheme: none, sigma_sqrt or cosmap; family: inferred from the transformer's class.
+
+    Returns [B] float32: mean squared error of the velocity over C, h and w, times the weight.
+    Prompts of different lengths are padded and masked; the losses equal those of the samples alone.
+    Raises ValueError for shapes that do not fit together or an unknown scheme, InputError for a
+    transformer class that no family knows.
+    """
+    _check_shapes(latents, prompt_embeds, prompt_masks, noise, sigmas)
+    if family is None:
+        family = family_by_class(type(unwrap(transformer)).__name__)
+    sigmas = round_to(sigmas.to(latents.device), compute_dtype(transformer))  # [B] float32
+    weight = loss_weight(sigmas, weighting_scheme)  # [B]
+    latents, noise = latents.float(), noise.float()
+    level = sigmas.view(-1, 1, 1, 1)
+    noised = (1 - level) * latents + level * noise  # [B, C, h, w] float32
+    velocity = family.velocity(transformer, noised, sigmas, prompt_embeds, prompt_masks)
+    error = velocity.float() - (noise - latents)
+    return weight * error.square().mean(dim=(1, 2, 3))
+
+
+def unwrap(transformer: torch.nn.Module) -> torch.nn.Module:
+    """The model inside torch.compile's and DDP's wrappers."""
+    while True:
+        inner = getattr(transformer, "_orig_mod", None) or getattr(transformer, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            return transformer
+        transformer = inner
+
+
+def compute_dtype(transformer: torch.nn.Module) -> torch.dtype:
+    """The dtype that the transformer computes in: that of its floating base weights.
+
+    LoRA weights are float32 on a base of any dtype, and quantised weights are integers; neither
+    says what the model computes in.
+    """
+    for name, parameter in unwrap(transformer).named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name:
+            return parameter.dtype
+    raise ValueError(f"{type(transformer).__name__} has no floating-point base weight")
+
+
+def _check_shapes(
+    latents: torch.Tensor,
+    prompt_embeds: Sequence[torch.Tensor],
+    prompt_masks: Sequence[torch.Tensor],
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+) -> None:
+    if latents.ndim != 4 or latents.shape != noise.shape:
+        raise ValueError(
+            f"latents and noise must both be [B, C, h, w]; got {tuple(latents.shape)} and "
+            f"{tuple(noise.shape)}"
+        )
+    batch = latents.shape[0]
+    if sigmas.shape != (batch,) or len(prompt_embeds) != batch or len(prompt_masks) != batch:
+        raise ValueError(
+            f"{batch} latents need {batch} sigmas, prompt embeddings and masks; got sigmas "
+            f"{tuple(sigmas.shape)}, {len(prompt_embeds)} embeddings, {len(prompt_masks)} masks"
+        )
+    for index, (embeds, mask) in enumerate(zip(prompt_embeds, prompt_masks, strict=True)):
+        if embeds.ndim != 2 or mask.shape != embeds.shape[:1]:
+            raise ValueError(
+                f"prompt {index}: embeddings must be [T, D] and the mask [T]; got "
+                f"{tuple(embeds.shape)} and {tuple(mask.shape)}"
+            )
