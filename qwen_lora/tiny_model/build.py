@@ -138,7 +138,7 @@ def make_vae(seed: int) -> Any:
         attn_scales=[],
         temperal_downsample=[False, True, True],
     ).eval()
-    images = synthetic_images(48, 96, 96, seed=seed)  # [N, 3, H, W]
+    images = synthetic_images(192, 64, 64, seed=seed)  # [N, 3, H, W]
     with torch.no_grad():
         # Like a trained VAE's posterior: means that vary by about 1, with a spread of exp(-3).
         vae.quant_conv.weight[:LATENT_CHANNELS] *= 15

@@ -1,1 +1,109 @@
+"""Qwen-Image and Qwen-Image-2512 (`QwenImagePipeline`). Imports torch only when it is used."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwen_lora.families.qwen_image import constants, facts
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_lora.families.base import LatentEncoder, PromptEncoder, PromptTokenizer
+    from qwen_lora.models import ModelFolder
+
+
+class QwenImage:
+    """See `families.base.Family` for what each method answers."""
+
+    name = "qwen-image"
+    pipeline_class = "QwenImagePipeline"
+    transformer_class = "QwenImageTransformer2DModel"
+    latent_channels = constants.LATENT_CHANNELS
+    latent_scale = constants.LATENT_SCALE
+    image_multiple = constants.LATENT_SCALE * constants.PATCH
+
+    # ---- stage 1 ----------------------------------------------------------------------------
+
+    def encoder_facts(self, model: ModelFolder) -> dict[str, Any]:
+        return {"vae": facts.vae_facts(model.config("vae")), "text": facts.text_facts(model)}
+
+    def load_tokenizer(self, model: ModelFolder) -> PromptTokenizer:
+        from qwen_lora.families.qwen_image.text import QwenPromptTokenizer
+
+        return QwenPromptTokenizer(model)
+
+    def load_prompt_encoder(
+        self,
+        model: ModelFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str = "none",
+        offload: bool = False,
+    ) -> PromptEncoder:
+        from qwen_lora.families.qwen_image.text import QwenPromptEncoder
+
+        return QwenPromptEncoder(
+            model, device=device, dtype=dtype, quantization=quantization, offload=offload
+        )
+
+    def load_latent_encoder(
+        self, model: ModelFolder, *, device: torch.device, dtype: torch.dtype
+    ) -> LatentEncoder:
+        from qwen_lora.families.qwen_image.vae import QwenLatentEncoder
+
+        facts.vae_facts(model.config("vae"))  # a VAE of another shape is refused before loading
+        return QwenLatentEncoder(model, device, dtype)
+
+    # ---- stage 2 ----------------------------------------------------------------------------
+
+    def transformer_facts(self, config: Mapping[str, Any]) -> dict[str, int]:
+        return facts.transformer_facts(config)
+
+    def load_transformer(
+        self,
+        model: ModelFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        base_precision: str = "bf16",
+    ) -> torch.nn.Module:
+        from qwen_lora.families.qwen_image.transformer import load_transformer
+
+        return load_transformer(model, device=device, dtype=dtype, base_precision=base_precision)
+
+    def velocity(
+        self,
+        transformer: Callable[..., Any],
+        latents: torch.Tensor,
+        sigmas: torch.Tensor,
+        prompt_embeds: Sequence[torch.Tensor],
+        prompt_masks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        from qwen_lora.families.qwen_image.transformer import velocity
+
+        return velocity(transformer, latents, sigmas, prompt_embeds, prompt_masks)
+
+    def lora_target_modules(
+        self, transformer: torch.nn.Module, targets: str | Sequence[str]
+    ) -> list[str]:
+        from qwen_lora.families.qwen_image.transformer import lora_target_modules
+
+        return lora_target_modules(transformer, targets)
+
+    def timestep_shift(
+        self, scheduler_config: Mapping[str, Any], latent_size: tuple[int, int]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        from qwen_lora.families.qwen_image.transformer import timestep_shift
+
+        return timestep_shift(scheduler_config, latent_size)
+
+    def image_tokens(self, latent_size: tuple[int, int]) -> int:
+        return (latent_size[0] // constants.PATCH) * (latent_size[1] // constants.PATCH)
+
+    def pipeline(self) -> Any:
+        from diffusers import QwenImagePipeline
+
+        return QwenImagePipeline

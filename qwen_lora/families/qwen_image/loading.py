@@ -1,0 +1,145 @@
+# ruff: noqa: TID253
+"""Puts safetensors weights into a module made without memory, one tensor at a time.
+
+One path for the VAE's encoder half, the text model without its vision tower, and the transformer in
+full or reduced precision, so that none of them ever holds a weight that is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwen_lora.errors import InputError
+from qwen_lora.models import weight_files
+
+QUANTIZATIONS = ("none", "int8", "nf4")
+
+
+def empty_module(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Run a constructor so that its parameters take no memory; buffers are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return make()
+
+
+def load_weights(
+    module: torch.nn.Module,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rename: Callable[[str], str | None] = lambda key: key,
+    reshape: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """Fill every parameter of an empty module from a component's safetensors files, frozen.
+
+    rename: checkpoint key -> parameter name, or None for a weight that is not needed.
+    reshape: makes a checkpoint tensor the parameter's; it gets the parameter's name.
+    Raises InputError when names or shapes do not fit the module: weights and config disagree.
+    """
+    missing = dict(module.named_parameters())
+    for key, read in _tensors(folder):
+        name = rename(key)
+        if name is None:
+            continue
+        parameter = missing.pop(name, None)
+        if parameter is None:
+            raise InputError(f"{folder} holds a weight {key!r} that its config has no place for")
+        tensor = reshape(name, read())
+        if _shape_before_packing(module, name, parameter) != tensor.shape:
+            raise InputError(
+                f"{folder}: weight {key!r} has shape {list(tensor.shape)}, its config asks for "
+                f"{list(parameter.shape)}"
+            )
+        _place(module, name, tensor, device, dtype)
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights, the first is {min(missing)!r}")
+    module.to(device)  # buffers; parameters are there already
+    module.eval().requires_grad_(False)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    for path in weight_files(folder):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    yield key, lambda key=key, file=file: file.get_tensor(key)
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error}); download the model again") from None
+
+
+def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def _shape_before_packing(
+    module: torch.nn.Module, name: str, parameter: torch.nn.Parameter
+) -> torch.Size:
+    owner, leaf = _split(module, name)
+    if leaf == "weight" and isinstance(owner, torch.nn.Linear):  # 4-bit weights are packed
+        return torch.Size((owner.out_features, owner.in_features))
+    return parameter.shape
+
+
+def _place(
+    module: torch.nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    owner, leaf = _split(module, name)
+    kind = getattr(owner, "quantization", None) if leaf == "weight" else None
+    if kind is None:
+        value = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    else:
+        value = _quantized_parameter(kind, tensor.to(dtype), owner).to(device)
+    owner._parameters[leaf] = value
+
+
+# ---- 8 and 4 bits --------------------------------------------------------------------------------
+
+
+def quantize_linears(module: torch.nn.Module, kind: str, dtype: torch.dtype) -> None:
+    """Replace every Linear inside an empty module by bitsandbytes' of `kind` (int8 or nf4).
+
+    Sources: LLM.int8() (arXiv:2208.07339), QLoRA's NF4 (arXiv:2305.14314). dtype: the type that
+    4-bit products are computed in. Raises InputError if bitsandbytes is not installed.
+    """
+    bnb = _bitsandbytes()
+    for name, linear in list(module.named_modules()):
+        if type(linear) is not torch.nn.Linear:
+            continue
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        if kind == "int8":
+            new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        elif kind == "nf4":
+            new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+        else:
+            raise InputError(f"unknown quantization {kind!r}; known: {', '.join(QUANTIZATIONS)}")
+        new.quantization = kind
+        owner, leaf = _split(module, name)
+        setattr(owner, leaf, new)
+
+
+def _quantized_parameter(kind: str, tensor: torch.Tensor, linear: Any) -> Any:
+    """A bitsandbytes parameter that quantises itself when it is moved to its device."""
+    bnb = _bitsandbytes()
+    if kind == "int8":
+        return bnb.nn.Int8Params(tensor, requires_grad=False, has_fp16_weights=False)
+    return bnb.nn.Params4bit(tensor, requires_grad=False, quant_type="nf4", module=linear)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise InputError("int8 and nf4 need bitsandbytes: pip install 'qwen-lora[quant]'") from None
+    return bitsandbytes

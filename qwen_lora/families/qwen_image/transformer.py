@@ -1,0 +1,249 @@
+# ruff: noqa: TID253
+"""Noised latents to a velocity through `QwenImageTransformer2DModel`, and what training asks of it.
+
+Conventions as in diffusers' `QwenImagePipeline` and `train_dreambooth_lora_qwen_image.py`: 2x2
+latent pixels are one token, time is sigma itself, the model predicts noise - latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qwen_lora.errors import InputError
+from qwen_lora.families.qwen_image.constants import PATCH
+from qwen_lora.families.qwen_image.loading import empty_module, load_weights, quantize_linears
+from qwen_lora.models import ModelFolder
+
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+ATTENTION_TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+MODULATION = ("img_mod.1", "txt_mod.1")
+TARGET_SETS = {
+    "attention": ATTENTION,
+    "attention+text": ATTENTION + ATTENTION_TEXT,
+    "all-linear": ATTENTION + ATTENTION_TEXT + MLP,
+    "all-linear+mod": ATTENTION + ATTENTION_TEXT + MLP + MODULATION,
+}
+# The text stream's output of the last block is thrown away, and with it all that only feeds it.
+DEAD_IN_LAST_BLOCK = (
+    "attn.add_q_proj",
+    "attn.to_add_out",
+    "txt_mlp.net.0.proj",
+    "txt_mlp.net.2",
+)
+
+
+def load_transformer(
+    model: ModelFolder, *, device: torch.device, dtype: torch.dtype, base_precision: str
+) -> torch.nn.Module:
+    """See `families.base.Family.load_transformer`."""
+    from diffusers import QwenImageTransformer2DModel
+
+    config = {
+        key: value
+        for key, value in model.config("transformer").items()
+        if not key.startswith("_") and key != "quantization_config"
+    }
+    transformer = empty_module(lambda: QwenImageTransformer2DModel(**config))
+    if base_precision in ("int8", "nf4"):
+        quantize_linears(transformer.get_submodule("transformer_blocks"), base_precision, dtype)
+        # PEFT chooses its layers by these.
+        transformer.is_loaded_in_8bit = base_precision == "int8"  # type: ignore[assignment]
+        transformer.is_loaded_in_4bit = base_precision == "nf4"  # type: ignore[assignment]
+    load_weights(transformer, model.component("transformer"), device=device, dtype=dtype)
+    return transformer
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] -> tokens [B, h/2 * w/2, C * 4]."""
+    batch, channels, height, width = latents.shape
+    grid = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens [B, h/2 * w/2, C * 4] -> [B, C, h, w]."""
+    batch = tokens.shape[0]
+    grid = tokens.reshape(batch, height // PATCH, width // PATCH, -1, PATCH, PATCH)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
+
+
+def velocity(
+    transformer: Callable[..., Any],
+    latents: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: Sequence[torch.Tensor],
+    prompt_masks: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """See `families.base.Family.velocity`. Raises InputError for shapes that do not fit."""
+    _check_shapes(transformer, latents, sigmas, prompt_embeds, prompt_masks)
+    batch, _, height, width = latents.shape
+    dtype = compute_dtype(transformer)
+    embeds, mask = join_prompts(prompt_embeds, prompt_masks)
+    prediction = transformer(
+        hidden_states=pack(latents).to(dtype),
+        timestep=sigmas.to(latents.device, dtype),
+        encoder_hidden_states=embeds.to(latents.device, dtype),
+        encoder_hidden_states_mask=None if mask is None else mask.to(latents.device),
+        img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
+        return_dict=False,
+    )[0]
+    return unpack(prediction.float(), height, width)
+
+
+def join_prompts(
+    prompt_embeds: Sequence[torch.Tensor], prompt_masks: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[T_i, D] each -> [B, T, D] padded with zeros, and [B, T] bool, or None if all is text.
+
+    Rotary positions of text start after the image's and do not depend on T, so padding at the end
+    changes nothing for a sample but the mask.
+    """
+    longest = max(len(embeds) for embeds in prompt_embeds)
+    if all(len(embeds) == longest for embeds in prompt_embeds):
+        mask = torch.stack(list(prompt_masks))
+        return torch.stack(list(prompt_embeds)), None if bool(mask.all()) else mask
+    first = prompt_embeds[0]
+    joined = first.new_zeros(len(prompt_embeds), longest, first.shape[1])
+    mask = torch.zeros(len(prompt_masks), longest, dtype=torch.bool, device=prompt_masks[0].device)
+    for row, (embeds, valid) in enumerate(zip(prompt_embeds, prompt_masks, strict=True)):
+        joined[row, : len(embeds)] = embeds
+        mask[row, : len(valid)] = valid
+    return joined, mask
+
+
+def compute_dtype(transformer: Callable[..., Any]) -> torch.dtype:
+    """The type of the transformer's first layer, whatever wraps it and whatever LoRA weights are.
+
+    A callable without that layer (a stand-in in a benchmark) computes in float32.
+    """
+    layer = getattr(_unwrap(transformer), "img_in", None)
+    layer = getattr(layer, "base_layer", layer)
+    return layer.weight.dtype if isinstance(layer, torch.nn.Linear) else torch.float32
+
+
+def _unwrap(transformer: Any) -> Any:
+    """The module inside DistributedDataParallel or torch.compile."""
+    while True:
+        for name in ("module", "_orig_mod"):
+            inner = getattr(transformer, name, None)
+            if isinstance(inner, torch.nn.Module):
+                transformer = inner
+                break
+        else:
+            return transformer
+
+
+def _check_shapes(
+    transformer: Callable[..., Any],
+    latents: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: Sequence[torch.Tensor],
+    prompt_masks: Sequence[torch.Tensor],
+) -> None:
+    batch, channels, height, width = latents.shape
+    if not len(prompt_embeds) == len(prompt_masks) == len(sigmas) == batch:
+        raise InputError(
+            f"{batch} latents, {len(sigmas)} sigmas, {len(prompt_embeds)} prompt embeddings and "
+            f"{len(prompt_masks)} masks do not make a batch"
+        )
+    if height % PATCH or width % PATCH:
+        raise InputError(
+            f"latents of {height} x {width} cannot be cut into {PATCH} x {PATCH} tokens"
+        )
+    for embeds, mask in zip(prompt_embeds, prompt_masks, strict=True):
+        if embeds.ndim != 2 or mask.shape != embeds.shape[:1]:
+            raise InputError(
+                f"a prompt of shape {list(embeds.shape)} with a mask of shape {list(mask.shape)}: "
+                "expected [T, D] and [T]"
+            )
+    config = getattr(_unwrap(transformer), "config", None)
+    if config is None or not hasattr(config, "in_channels"):
+        return
+    if config.in_channels != channels * PATCH**2:
+        raise InputError(
+            f"latents have {channels} channels, the transformer takes "
+            f"{config.in_channels // PATCH**2}: they are not from the same family"
+        )
+    width_found = {int(embeds.shape[1]) for embeds in prompt_embeds}
+    if width_found != {config.joint_attention_dim}:
+        raise InputError(
+            f"prompt embeddings are {sorted(width_found)} wide, the transformer takes "
+            f"{config.joint_attention_dim}: the shards are from another text encoder"
+        )
+
+
+# ---- LoRA targets --------------------------------------------------------------------------------
+
+
+def lora_target_modules(transformer: torch.nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """See `families.base.Family.lora_target_modules`; names in the order of the model."""
+    if isinstance(targets, str):
+        if targets not in TARGET_SETS:
+            known = ", ".join(TARGET_SETS)
+            raise InputError(f"unknown LoRA target set {targets!r}; known: {known}, or a list")
+        targets = TARGET_SETS[targets]
+    if not targets:
+        raise InputError("the list of LoRA targets is empty")
+    linears = [
+        name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
+    dead = _dead_modules(transformer)
+    chosen: set[str] = set()
+    for ending in targets:
+        matched = {name for name in linears if _ends_with(name, ending)}
+        if not matched:
+            raise InputError(f"LoRA target {ending!r} is the end of no linear layer's name")
+        if matched <= dead:
+            raise InputError(f"LoRA target {ending!r} names only layers that get no gradient")
+        chosen |= matched - dead
+    return [name for name in linears if name in chosen]
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _dead_modules(transformer: torch.nn.Module) -> set[str]:
+    last = len(transformer.get_submodule("transformer_blocks")) - 1  # type: ignore[arg-type]
+    return {f"transformer_blocks.{last}.{name}" for name in DEAD_IN_LAST_BLOCK}
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def timestep_shift(
+    config: Mapping[str, Any], latent_size: tuple[int, int]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The shift that `FlowMatchEulerDiscreteScheduler` gives one image size, as a map on sigmas.
+
+    mu is linear in the image's tokens, s = e^mu / (e^mu + 1/sigma - 1), and the result is stretched
+    so that sigma 0 becomes `shift_terminal`: 1 - (1 - s)(1 - shift_terminal). (The scheduler
+    stretches the last of its finitely many sigmas there; this is its limit for many steps.)
+    Without dynamic shifting the factor e^mu is the config's `shift`.
+    """
+    if config.get("use_dynamic_shifting", False):
+        base_tokens = config.get("base_image_seq_len", 256)
+        max_tokens = config.get("max_image_seq_len", 4096)
+        base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+        tokens = (latent_size[0] // PATCH) * (latent_size[1] // PATCH)
+        mu = base_shift + slope * (tokens - base_tokens)
+        linear = config.get("time_shift_type", "exponential") == "linear"
+        factor = mu if linear else math.exp(mu)
+    else:
+        factor = float(config.get("shift", 1.0))
+    terminal = float(config.get("shift_terminal") or 0.0)
+
+    def shift(sigmas: torch.Tensor) -> torch.Tensor:
+        shifted = factor / (factor + 1.0 / sigmas.float() - 1.0)
+        return 1.0 - (1.0 - shifted) * (1.0 - terminal)
+
+    return shift

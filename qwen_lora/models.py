@@ -1,0 +1,217 @@
+"""Where a model's files are: a local folder in diffusers layout, or a Hugging Face id. No torch.
+
+Only the sub-folders that a stage needs are looked at or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_lora.errors import InputError
+from qwen_lora.hashing import canonical_json, sha256_file
+from qwen_lora.posix import write_atomic
+
+if TYPE_CHECKING:
+    from qwen_lora.families.base import Family
+
+HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # in each component's folder
+WEIGHTLESS = ("scheduler", "tokenizer")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on this machine."""
+
+    path: Path
+    model_id: str  # hub id, or the bare name of a local folder (never an absolute path)
+    revision: str | None  # the commit that was resolved; None for a local folder
+    family: Family
+
+    def component(self, name: str) -> Path:
+        """The sub-folder of a component. Raises InputError if it is absent."""
+        folder = self.path / name
+        if not folder.is_dir():
+            raise InputError(
+                f"model {self.model_id} has no folder {name!r}; it needs the diffusers layout"
+            )
+        return folder
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A component's config as a dict. Raises InputError if it is absent or not JSON."""
+        return _read_json(self.component(name) / CONFIG_NAMES.get(name, "config.json"))
+
+
+def resolve_model(model: str, components: Sequence[str]) -> ModelFolder:
+    """Find a model and make sure that `components` are there.
+
+    model: a folder in diffusers layout, or a Hugging Face id, optionally `id@revision`; an existing
+    folder wins. Of a hub id only the components' folders are downloaded, by huggingface_hub with
+    its own settings (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
+    Raises InputError for whatever the user can put right.
+    """
+    model = str(model)
+    local = Path(model).expanduser()
+    match = HUB_ID.fullmatch(model)
+    if local.is_dir():
+        path, model_id, revision = local, local.resolve().name, None
+    elif local.exists():
+        raise InputError(f"model {model} is a file; name a folder in diffusers layout or a hub id")
+    elif match is None:
+        raise InputError(f"model {model!r}: no such folder, and not a Hugging Face id (owner/name)")
+    else:
+        model_id = match["id"]
+        path = _download(model_id, match["revision"], components)
+        revision = path.name
+    found = ModelFolder(path, model_id, revision, _family_of(path, model))
+    for name in components:
+        found.config(name)
+        if name not in WEIGHTLESS:
+            weight_files(found.component(name))
+    return found
+
+
+def _download(model_id: str, revision: str | None, components: Sequence[str]) -> Path:
+    """The snapshot folder in the hub cache; its name is the commit."""
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = ["model_index.json"]
+    patterns += [f"{name}/{pattern}" for name in components for pattern in DOWNLOADED]
+    name = model_id + (f"@{revision}" if revision else "")
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        reason = "is gated; accept its terms on huggingface.co and set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except errors.RepositoryNotFoundError:
+        reason = "is neither a folder here nor a public model on the hub (private: set HF_TOKEN)"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = (
+            "is neither a folder here nor in the Hugging Face cache, and the hub cannot be reached "
+            "(HF_HUB_OFFLINE, or no network)"
+        )
+    except errors.HFValidationError as error:
+        reason = f"is not a valid hub id: {_first_line(error)}"
+    except OSError as error:
+        reason = f"cannot be downloaded: {_first_line(error)}"
+    raise InputError(f"model {name} {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _family_of(path: Path, model: str) -> Family:
+    from qwen_lora.families import family_by_class
+
+    for name in ("model_index.json", "transformer/config.json"):
+        if (path / name).is_file():
+            class_name = _read_json(path / name).get("_class_name")
+            if not isinstance(class_name, str):
+                raise InputError(
+                    f"{path / name} names no `_class_name`; it is not a diffusers model"
+                )
+            return family_by_class(class_name)
+    raise InputError(
+        f"model {model} is no diffusers pipeline: it has neither model_index.json nor "
+        "transformer/config.json"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; the model folder is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component, sharded or not, sorted by name.
+
+    Raises InputError if there are none, if one that the index names is missing, or if the weights
+    come as pickles only.
+    """
+    for name in WEIGHT_NAMES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _indexed_files(index)
+        if (folder / name).is_file():
+            return [folder / name]
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise InputError(
+            f"{folder} holds its weights as {pickled[0]} only; this project reads safetensors, "
+            "which cannot run code: convert them with save_pretrained"
+        )
+    raise InputError(f"{folder} has no weights ({' or '.join(WEIGHT_NAMES)})")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}, which is no safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index.parent / name} is missing; download the model again")
+    return [index.parent / name for name in names]
+
+
+def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str]:
+    """File name -> sha256 of each weight file of a component.
+
+    Files in the hub cache are links to blobs named by their sha256, which are not read. Others are
+    hashed once: with `cache_file` the result is remembered by path, size, mtime and inode.
+    """
+    remembered = _load_cache(cache_file)
+    hashes: dict[str, str] = {}
+    changed = False
+    for path in weight_files(folder):
+        target = path.resolve()
+        if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
+            hashes[path.name] = target.name
+            continue
+        state = target.stat()
+        stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
+        entry = remembered.get(str(target))
+        if entry is None or entry[:3] != stamp:
+            entry = remembered[str(target)] = [*stamp, sha256_file(target)]
+            changed = True
+        hashes[path.name] = str(entry[3])
+    if cache_file is not None and changed:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache_file, canonical_json(remembered))
+    return hashes
+
+
+def _load_cache(cache_file: Path | None) -> dict[str, list[Any]]:
+    """path -> [size, mtime_ns, inode, sha256]. A cache that cannot be read counts as empty: the
+    files are then hashed again."""
+    try:
+        value = json.loads(cache_file.read_bytes()) if cache_file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {
+        str(key): entry
+        for key, entry in value.items()
+        if isinstance(entry, list) and len(entry) == 4 and SHA256.fullmatch(str(entry[3]))
+    }
