@@ -43,7 +43,7 @@ def translate(flat: dict[str, Any]) -> Translation:
     """Read the foreign keys of one layer (a file, the --set options).
 
     A key that says something else than the setting it stands for is a problem, except the project
-    name of a tracker, which two trackers may have.
+    name of a tracker, which two trackers may have, and `weighting_scheme: none`.
     """
     result = Translation()
     for key, value in flat.items():
@@ -52,38 +52,39 @@ def translate(flat: dict[str, Any]) -> Translation:
         if key in NOT_NEEDED:
             result.notes.append(f"{key} is not needed: {NOT_NEEDED[key]}")
             continue
-        meant = _meaning(key, value, result.problems)
-        if meant is None:
-            continue
-        name, new = meant
-        given = flat.get(name, result.values.get(name))
-        if given is None:
-            result.values[name], result.origin[name] = new, key
-            result.notes.append(f"{key}: {value} is read as {name}: {new}")
-        elif str(given) != str(new):
-            if name == "tracker_project_name":
-                result.notes.append(f"{key} is not needed: {name} is given")
-            else:
-                result.problems.append(f"{key}: {value} means {name}: {new}, but {name} is {given}")
+        for name, new in _meaning(key, value, result.problems).items():
+            given = flat.get(name, result.values.get(name))
+            if given is None:
+                result.values[name], result.origin[name] = new, key
+                result.notes.append(f"{key}: {value} is read as {name}: {new}")
+            elif str(given) != str(new) and str(value).lower() != "none":
+                if name == "tracker_project_name":
+                    result.notes.append(f"{key} is not needed: {name} is given")
+                else:
+                    result.problems.append(
+                        f"{key}: {value} means {name}: {new}, but {name} is {given}"
+                    )
     return result
 
 
-def _meaning(key: str, value: Any, problems: list[str]) -> tuple[str, Any] | None:
-    """The setting and value that a foreign key stands for; None when it changes nothing."""
+def _meaning(key: str, value: Any, problems: list[str]) -> dict[str, Any]:
+    """The settings that a foreign key stands for; empty when it changes nothing."""
     text = str(value).lower()
     if key == WEIGHTING:
         if text in _SAMPLING:
-            return "timestep_sampling", text
+            return {"timestep_sampling": text}
         if text in _LOSS:
-            return "loss_weighting", text
-        if text != "none":
-            choices = ", ".join(["none", *_SAMPLING, *_LOSS])
-            problems.append(f"{key}: must be one of {choices}, not {value!r}")
-        return None
+            return {"loss_weighting": text}
+        if text == "none":
+            return {"timestep_sampling": "none", "loss_weighting": "none"}
+        choices = ", ".join(["none", *_SAMPLING, *_LOSS])
+        problems.append(f"{key}: must be one of {choices}, not {value!r}")
+        return {}
     if key in SWITCHES:
         if text not in _TRUE | _FALSE:
             problems.append(f"{key}: must be true or false, not {value!r}")
-        return SWITCHES[key] if text in _TRUE else None
+        name, new = SWITCHES[key]
+        return {name: new} if text in _TRUE else {}
     if key == "data_config.num_workers" and text == "0":
-        return RENAMED[key], "1"  # 0 is a DataLoader's word for "in this process"
-    return RENAMED[key], value
+        value = "1"  # 0 is a DataLoader's word for "in this process"
+    return {RENAMED[key]: value}

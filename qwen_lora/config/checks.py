@@ -5,109 +5,119 @@ Only keys that somebody gave count, and only those that the running command read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_lora.config.field import Command
+from qwen_lora.config.names import SECTION, value_of
 from qwen_lora.config.schema import Settings
 
 
 @dataclass(frozen=True)
 class NoEffect:
-    """`key` does something only when `when` holds; `needs` says so in words."""
+    """`key` does something only when the setting `other` fulfils `holds`; `needs` says so."""
 
     command: Command
     key: str
-    when: Callable[[Settings], bool]
+    other: str
+    holds: Callable[[Any], bool]
     needs: str
 
 
-def _sampling(name: str) -> Callable[[Settings], bool]:
-    return lambda s: s.timestep_sampling == name
-
-
-def _schedule(name: str) -> Callable[[Settings], bool]:
-    return lambda s: s.lr_scheduler == name
-
-
-def _not_square(settings: Settings) -> bool:
-    return not settings.data_config.square
+def _is(command: Command, key: str, other: str, value: str) -> NoEffect:
+    return NoEffect(command, key, other, lambda given: given == value, f"{other}: {value}")
 
 
 NO_EFFECT = (
-    NoEffect("train", "logit_mean", _sampling("logit_normal"), "timestep_sampling is logit_normal"),
-    NoEffect("train", "logit_std", _sampling("logit_normal"), "timestep_sampling is logit_normal"),
-    NoEffect("train", "mode_scale", _sampling("mode"), "timestep_sampling is mode"),
+    _is("train", "logit_mean", "timestep_sampling", "logit_normal"),
+    _is("train", "logit_std", "timestep_sampling", "logit_normal"),
+    _is("train", "mode_scale", "timestep_sampling", "mode"),
+    _is("train", "lr_num_cycles", "lr_scheduler", "cosine_with_restarts"),
+    _is("train", "lr_power", "lr_scheduler", "polynomial"),
+    _is("train", "lr_step_rules", "lr_scheduler", "piecewise_constant"),
     NoEffect(
         "train",
-        "lr_num_cycles",
-        _schedule("cosine_with_restarts"),
-        "lr_scheduler is cosine_with_restarts",
+        "validation_max_images",
+        "validation_steps",
+        lambda steps: bool(steps),
+        "validation_steps above 0",
     ),
-    NoEffect("train", "lr_power", _schedule("polynomial"), "lr_scheduler is polynomial"),
-    NoEffect(
-        "train",
-        "lr_step_rules",
-        _schedule("piecewise_constant"),
-        "lr_scheduler is piecewise_constant",
+    *(
+        NoEffect(
+            "precompute",
+            f"{SECTION}.{key}",
+            f"{SECTION}.square",
+            lambda square: not square,
+            f"{SECTION}.square: false",
+        )
+        for key in ("min_aspect", "max_aspect")
     ),
-    NoEffect(
-        "train", "validation_max_images", lambda s: s.validation_steps > 0, "validation_steps > 0"
-    ),
-    NoEffect("precompute", "data_config.min_aspect", _not_square, "data_config.square is false"),
-    NoEffect("precompute", "data_config.max_aspect", _not_square, "data_config.square is false"),
 )
 
 
-def check(
-    command: Command, settings: Settings, explicit: frozenset[str]
-) -> tuple[list[str], list[str]]:
-    """Problems and notes, one line each, of settings that are valid one by one."""
-    problems = [
-        f"{rule.key}: has no effect here; it needs {rule.needs}"
+@dataclass(frozen=True)
+class Finding:
+    """One line about `keys`; the first is what the person should change."""
+
+    keys: tuple[str, ...]
+    text: str
+    is_note: bool = False
+
+    @property
+    def line(self) -> str:
+        return f"{self.keys[0]}: {self.text}"
+
+
+def check(command: Command, settings: Settings, explicit: frozenset[str]) -> list[Finding]:
+    """Findings across settings that are valid one by one."""
+    findings = [
+        Finding((rule.key, rule.other), f"has no effect here; it needs {rule.needs}")
         for rule in NO_EFFECT
-        if rule.command == command and rule.key in explicit and not rule.when(settings)
+        if rule.command == command
+        and rule.key in explicit
+        and not rule.holds(value_of(settings, rule.other))
     ]
-    notes: list[str] = []
-    if command == "train":
-        _check_train(settings, explicit, problems, notes)
-    else:
-        _check_precompute(settings, problems)
-    return problems, notes
+    more = _check_train(settings) if command == "train" else _check_precompute(settings)
+    return [*findings, *more]
 
 
-def _check_train(
-    settings: Settings, explicit: frozenset[str], problems: list[str], notes: list[str]
-) -> None:
-    scheduler = settings.lr_scheduler
-    if settings.lr_warmup_steps > 0 and scheduler in ("constant", "piecewise_constant"):
-        # Not an error: the field's published files say so, and diffusers ignores it as well.
-        notes.append(
-            f"lr_warmup_steps has no effect with lr_scheduler {scheduler}; "
-            "constant_with_warmup warms up"
+def _check_train(settings: Settings) -> Iterator[Finding]:
+    scheduler, warmup = settings.lr_scheduler, settings.lr_warmup_steps
+    if warmup > 0 and scheduler in ("constant", "piecewise_constant"):
+        # Not an error: published files say so, and diffusers ignores it without a word.
+        yield Finding(
+            ("lr_warmup_steps", "lr_scheduler"),
+            f"has no effect with lr_scheduler: {scheduler}; constant_with_warmup warms up",
+            is_note=True,
+        )
+    elif warmup > settings.max_train_steps:
+        yield Finding(
+            ("lr_warmup_steps", "max_train_steps"),
+            f"{warmup} is more than max_train_steps {settings.max_train_steps}",
         )
     if scheduler == "piecewise_constant" and settings.lr_step_rules is None:
-        problems.append(
-            "lr_step_rules: piecewise_constant needs rules such as 1:1000,0.1:2000,0.01"
-        )
-    if settings.lr_warmup_steps > settings.max_train_steps:
-        problems.append(
-            f"lr_warmup_steps: {settings.lr_warmup_steps} is more than "
-            f"max_train_steps {settings.max_train_steps}"
+        yield Finding(
+            ("lr_step_rules", "lr_scheduler"),
+            "piecewise_constant needs rules such as 1:1000,0.1:2000,0.01",
         )
     paths = [str(source.path) for source in settings.shards]
     for path in sorted({path for path in paths if paths.count(path) > 1}):
-        problems.append(f"shards: {path} is given twice; give it once with a weight")
+        yield Finding(("shards",), f"{path} is given twice; give it once with a weight")
 
 
-def _check_precompute(settings: Settings, problems: list[str]) -> None:
+def _check_precompute(settings: Settings) -> Iterator[Finding]:
     data = settings.data_config
     if data.square and data.random_ratio:
-        problems.append("data_config.random_ratio: contradicts data_config.square; choose one")
+        yield Finding(
+            (f"{SECTION}.random_ratio", f"{SECTION}.square"),
+            f"contradicts {SECTION}.square; choose one",
+        )
     if len(set(data.img_size)) != len(data.img_size):
-        problems.append("data_config.img_size: the same resolution twice")
+        yield Finding((f"{SECTION}.img_size",), "names a resolution twice")
     if settings.encoder_placement == "offload" and settings.text_encoder_quantization != "none":
-        problems.append(
-            "text_encoder_quantization: a quantised text encoder cannot be streamed from host "
-            "memory; use encoder_placement auto or text_encoder_quantization none"
+        yield Finding(
+            ("text_encoder_quantization", "encoder_placement"),
+            "a quantised text encoder cannot be streamed from host memory; "
+            "use encoder_placement: auto or text_encoder_quantization: none",
         )

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from qwen_lora.config import aliases
 from qwen_lora.config.checks import check
 from qwen_lora.config.field import Command
-from qwen_lora.config.names import DICTS, SECTION, fields, nearest
+from qwen_lora.config.names import DICTS, SECTION, fields, nearest, value_of
 from qwen_lora.config.schema import Settings
 from qwen_lora.config.yaml_file import read_value, read_yaml
 from qwen_lora.errors import InputError
@@ -68,12 +68,13 @@ def load_settings(
         _drop_unknown(layer, problems)
     _refuse_conflicts(layers[1], layers[2], problems)
     merged = _merge(layers)
-    settings = _validate(merged, problems)
-    if settings is not None:
-        more, hints = check(command, settings, explicit_keys(settings))
-        problems += [merged.places.get(line.split(":")[0], "") + line for line in more]
-        said += hints
-    if problems or settings is None:
+    settings, wrong = _validate(merged, problems)
+    for finding in check(command, settings, explicit_keys(settings)):
+        if finding.is_note:
+            said.append(finding.line)
+        elif wrong.isdisjoint(finding.keys):
+            problems.append(merged.places.get(finding.keys[0], "") + finding.line)
+    if problems:
         raise SettingsError(_together(problems))
     _tell(said, notes)
     return settings
@@ -189,14 +190,7 @@ def _read_alone(key: str, value: Any) -> Any:
         settings = Settings.model_validate(_nested({key: value}))
     except ValidationError:
         return value
-    return _get(settings, key)
-
-
-def _get(settings: Settings, key: str) -> Any:
-    value: Any = settings
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return value_of(settings, key)
 
 
 def _merge(layers: Sequence[_Layer]) -> _Layer:
@@ -231,24 +225,22 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 # ---- problems --------------------------------------------------------------------------------
 
 
-def _validate(merged: _Layer, problems: list[str]) -> Settings | None:
+def _validate(merged: _Layer, problems: list[str]) -> tuple[Settings, frozenset[str]]:
+    """The settings, with defaults for those keys (returned) whose values are no good."""
     try:
-        return Settings.model_validate(_nested(merged.values))
+        return Settings.model_validate(_nested(merged.values)), frozenset()
     except ValidationError as error:
         by_key: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
             key, inner = _key_of(item["loc"])
-            reason = _reason(item["type"], item["msg"])
-            if inner:
-                reason = f"{inner} {reason}"
-            given = merged.values.get(key)
-            shown = "" if item["type"] == "value_error" else f", not {_text(given)}"
-            by_key.setdefault(key, [])
-            if reason + shown not in by_key[key]:
-                by_key[key].append(reason + shown)
-        for key, reasons in by_key.items():
-            problems.append(f"{merged.places.get(key, '')}{key}: {_either(reasons)}")
-        return None
+            reason = f"{inner} {_reason(item['type'], item['msg'])}".strip()
+            if item["type"] != "value_error":  # those name the value themselves
+                reason += f", not {_text(merged.values.get(key))}"
+            by_key.setdefault(key, []).append(reason)
+    for key, reasons in by_key.items():
+        problems.append(f"{merged.places.get(key, '')}{key}: {_either(reasons)}")
+    good = {key: value for key, value in merged.values.items() if key not in by_key}
+    return Settings.model_validate(_nested(good)), frozenset(by_key)
 
 
 def _key_of(loc: tuple[int | str, ...]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
@@ -61,6 +62,14 @@ def fields() -> dict[str, FieldInfo]:
 def setting_facts() -> dict[str, SettingFacts]:
     """What each setting declares about itself, by dotted key."""
     return {key: facts(info) for key, info in fields().items()}
+
+
+def value_of(settings: Settings, key: str) -> Any:
+    """A setting's value by its dotted key."""
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def nearest(key: str) -> str:

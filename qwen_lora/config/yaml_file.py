@@ -1,7 +1,8 @@
 """Reading a YAML file as text: every scalar stays the string that was written.
 
-The field's type reads it later, so `no`, `on`, `1e-4` and `1_000` mean what they say. Only mappings,
-lists and scalars exist here: no tags, no objects. A plain empty value, `~` or `null` is None.
+The field's type reads it later, so `no`, `on`, `1e-4` and `1_000` mean what they say. Only
+mappings, lists and scalars exist here: no tags, no objects. A plain empty value, `~` or `null` is
+None.
 """
 
 from __future__ import annotations
