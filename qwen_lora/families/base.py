@@ -81,6 +81,10 @@ class Family(Protocol):
         latent ids depend on the first and text ids on the second."""
         ...
 
+    def text_width(self, model: ModelFolder) -> int:
+        """D of the prompt embeddings, from the text encoder's config alone."""
+        ...
+
     def load_tokenizer(self, model: ModelFolder) -> PromptTokenizer: ...
 
     def load_prompt_encoder(

@@ -29,6 +29,9 @@ class QwenImage:
     def encoder_facts(self, model: ModelFolder) -> dict[str, Any]:
         return {"vae": facts.vae_facts(model.config("vae")), "text": facts.text_facts(model)}
 
+    def text_width(self, model: ModelFolder) -> int:
+        return facts.text_width(model.config("text_encoder"))
+
     def load_tokenizer(self, model: ModelFolder) -> PromptTokenizer:
         from qwen_lora.families.qwen_image.text import QwenPromptTokenizer
 

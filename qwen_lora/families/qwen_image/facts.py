@@ -38,6 +38,10 @@ def text_facts(model: ModelFolder) -> dict[str, Any]:
     }
 
 
+def text_width(config: Mapping[str, Any]) -> int:
+    return int(_text_config(config)["hidden_size"])
+
+
 def transformer_facts(config: Mapping[str, Any]) -> dict[str, int]:
     facts = _pick(config, ("in_channels", "joint_attention_dim"), "transformer")
     return {
