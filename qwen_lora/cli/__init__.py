@@ -1,0 +1,88 @@
+"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from qwen_lora import __version__
+from qwen_lora.cli import more, shards, stages
+from qwen_lora.errors import QwenLoraError
+
+
+class ExitCodes(TyperGroup):
+    """Every failure that has a one-line explanation ends with it and with its own exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QwenLoraError as error:
+            if not _said_by_another(error):
+                print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            print("error: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from error
+        except BrokenPipeError as error:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+
+
+def _said_by_another(error: QwenLoraError) -> bool:
+    """Wrong settings are the same in every process; the first one on a machine says so."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    from qwen_lora.config.load import SettingsError
+
+    return isinstance(error, SettingsError)
+
+
+app = typer.Typer(
+    cls=ExitCodes,
+    help="Train LoRA adapters for Qwen-Image in two stages: cache once, then train lean.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qwen-lora {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train LoRA adapters for Qwen-Image in two stages: cache once, then train lean.
+
+    \b
+    qwen-lora precompute photos
+    qwen-lora train
+    qwen-lora sample --lora output/lora.safetensors --prompt "a red boat"
+    """
+
+
+app.command()(stages.precompute)
+app.command()(stages.train)
+app.command()(more.sample)
+app.add_typer(shards.app, name="shards")
+app.command()(more.init)
+app.command()(more.tiny_model)
+app.command()(more.demo)
+
+
+def main() -> None:
+    """The entry point `qwen-lora`."""
+    app(prog_name="qwen-lora")

@@ -1,0 +1,137 @@
+"""`qwen-lora sample`, `init`, `tiny-model` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qwen_lora.errors import InputError
+
+
+def sample(
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="IMAGE", help="The grid, a PNG.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="M", help="Hugging Face id or local folder."),
+    ] = "Qwen/Qwen-Image",
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option("--lora", metavar="FILE", help="LoRA file; several are added up. Repeatable."),
+    ] = None,
+    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Strength of the LoRA.")] = 1.0,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", metavar="S", min=0, help="Repeatable. [default: 0]"),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 50,
+    true_cfg_scale: Annotated[
+        float, typer.Option("--true-cfg-scale", help="Guidance; 1 switches it off.")
+    ] = 4.0,
+    negative_prompt: Annotated[
+        str, typer.Option("--negative-prompt", metavar="TEXT", help="What to avoid.")
+    ] = " ",
+    height: Annotated[
+        int | None, typer.Option("--height", min=16, help="Pixels. [default: the model's]")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", min=16, help="Pixels. [default: the model's]")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option("--dtype", help="auto: bfloat16 on a GPU that has it, else float32."),
+    ] = "auto",
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Leave out the pictures without the LoRA.")
+    ] = False,
+    save_images: Annotated[
+        bool, typer.Option("--save-images", help="Save each picture beside the grid too.")
+    ] = False,
+) -> None:
+    """Draw prompts with and without a LoRA, side by side in one picture.
+
+    \b
+    qwen-lora sample --lora output/lora.safetensors --prompt "a red boat" --output boat.png
+    """
+    from qwen_lora.sample import sample as run
+
+    print(
+        run(
+            model=model,
+            loras=lora or [],
+            prompts=prompt,
+            seeds=seed or [0],
+            output=output,
+            steps=steps,
+            true_cfg_scale=true_cfg_scale,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            lora_scale=lora_scale,
+            dtype=dtype,
+            base=not no_base,
+            save_images=save_images,
+        )
+    )
+
+
+def init(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to write.", show_default=True)
+    ] = Path("lora.yaml"),
+) -> None:
+    """Write a commented settings file with every key and its default.
+
+    \b
+    qwen-lora init lora.yaml
+    """
+    from qwen_lora.config.template import template
+
+    try:
+        with file.open("x", encoding="utf-8") as handle:
+            handle.write(template(file.name))
+    except FileExistsError as error:
+        raise InputError(f"{file} exists; name another file or remove it") from error
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from error
+    print(f"{file}: every setting with its default. Edit it, then:")
+    print(f"  qwen-lora precompute --config {file}")
+    print(f"  qwen-lora train --config {file}")
+
+
+def tiny_model(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a tiny Qwen-Image with the real classes and random weights.
+
+    \b
+    qwen-lora tiny-model tiny
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; name another")
+    from qwen_lora.tiny_model import write_tiny_model
+
+    write_tiny_model(folder, seed=seed)
+    print(folder)
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder of the results.")
+    ] = Path("demo"),
+) -> None:
+    """Run the whole job on a tiny model and bundled images, on a CPU.
+
+    \b
+    qwen-lora demo --output demo
+    """
+    from qwen_lora.demo import run_demo
+
+    run_demo(output)

@@ -1,0 +1,190 @@
+"""`qwen-lora precompute` and `qwen-lora train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from qwen_lora.config.schema import Settings
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings in YAML; `qwen-lora init` writes one."),
+]
+SetOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting; wins over the file. Repeatable."),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option("--num-processes", metavar="N", min=1, help="Devices to train on. [default: 1]"),
+]
+
+
+def precompute(
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(metavar="DATASET", help="Folder of captioned images.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="M",
+            help="Hugging Face id (id@revision) or local folder. [default: Qwen/Qwen-Image]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="SHARDS", help="The shard set. [default: shards]"),
+    ] = None,
+    config: Config = None,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--resolution", metavar="N", min=16, help="About N x N px. Repeatable. [default: 1024]"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print buckets, counts, bytes and bad files; load no model."
+        ),
+    ] = False,
+    no_captions: Annotated[
+        bool, typer.Option("--no-captions", help="Leave caption texts out of the shards.")
+    ] = False,
+    no_source_names: Annotated[
+        bool, typer.Option("--no-source-names", help="Leave file names out of the shards.")
+    ] = False,
+    set_options: SetOptions = None,
+) -> None:
+    """Encode captioned images once: latents and prompt embeddings to a shard set.
+
+    Running it again encodes what is missing. Needs only the model's vae, text_encoder and
+    tokenizer.
+
+    \b
+    qwen-lora precompute photos --output shards --resolution 1024
+    qwen-lora precompute --config lora.yaml --dry-run
+    """
+    settings = _settings(
+        "precompute",
+        config,
+        set_options,
+        {
+            "data_config.img_dir": dataset,
+            "pretrained_model_name_or_path": model,
+            "shards_dir": output,
+            "data_config.img_size": resolution,
+            "captions_in_shards": False if no_captions else None,
+            "source_names": False if no_source_names else None,
+        },
+    )
+    from qwen_lora.precompute.run import precompute as run
+
+    summary = run(settings, dry_run=dry_run)
+    raise typer.Exit(summary.exit_code)
+
+
+def train(
+    shards: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="SHARDS", help="Shard sets. [default: shards]", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="M",
+            help="Hugging Face id (id@revision) or local folder. [default: the shards' own]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="RUN", help="Folder of the run. [default: output]"),
+    ] = None,
+    config: Config = None,
+    max_train_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-train-steps", metavar="N", min=1, help="Optimizer steps. [default: 3000]"
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", min=1, help="LoRA rank. [default: 16]")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="S", min=0, help="Seed of every choice. [default: 0]"),
+    ] = None,
+    num_processes: Processes = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the run's checkpoints and begin again.")
+    ] = False,
+    set_options: SetOptions = None,
+) -> None:
+    """Train a LoRA from shard sets; loads the transformer alone.
+
+    Running it again resumes from the last checkpoint. The result is RUN/lora.safetensors.
+
+    \b
+    qwen-lora train shards --output output --max-train-steps 2000 --rank 16
+    qwen-lora train --config lora.yaml --num-processes 4
+    """
+    settings = _settings(
+        "train",
+        config,
+        set_options,
+        {
+            "shards": list(shards or []),
+            "pretrained_model_name_or_path": model,
+            "output_dir": output,
+            "max_train_steps": max_train_steps,
+            "rank": rank,
+            "seed": seed,
+            "num_processes": num_processes,
+        },
+    )
+    if settings.num_processes > 1 and not _is_child():
+        from qwen_lora.train.launch import launch_processes
+
+        raise typer.Exit(launch_processes(sys.argv[1:], settings.num_processes))
+    from qwen_lora.train.run import train as run
+
+    result = run(settings, restart=restart)
+    if _speaks():
+        print(result.lora)
+
+
+def _is_child() -> bool:
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _settings(
+    command: Literal["precompute", "train"],
+    config: Path | None,
+    set_options: list[str] | None,
+    options: dict[str, Any],
+) -> Settings:
+    """Load them and say on stderr what they are."""
+    from qwen_lora.config.load import load_settings
+    from qwen_lora.config.template import describe
+
+    notes: list[str] = []
+    settings = load_settings(command, config, set_options or (), options, notes=notes)
+    launches = command == "train" and settings.num_processes > 1 and not _is_child()
+    if _speaks() and not launches:  # with several processes the first of them says it
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(describe(command, settings), file=sys.stderr)
+    return settings
