@@ -34,4 +34,4 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         cover = np.clip((1 - distance) * rng.uniform(2, 20), 0, 1)[..., None]
         shade = rng.uniform(-1, 1, 3) + rng.uniform(-0.5, 0.5) * (y - center_y)[..., None]
         picture = picture * (1 - cover) + shade * cover
-    return np.clip(picture, -1, 1)
+    return np.asarray(np.clip(picture, -1, 1))

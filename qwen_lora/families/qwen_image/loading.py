@@ -7,7 +7,9 @@ full or reduced precision, so that none of them ever holds a weight that is not 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,12 @@ def load_weights(
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Every key with a function that reads it, to be called before the next step."""
     for path in weight_files(folder):
         try:
             with safe_open(str(path), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    yield key, lambda key=key, file=file: file.get_tensor(key)
+                for key in file.keys():
+                    yield key, partial(file.get_tensor, key)
         except SafetensorError as error:
             raise InputError(f"{path} is damaged ({error}); download the model again") from None
 
@@ -114,6 +117,8 @@ def quantize_linears(module: torch.nn.Module, kind: str, dtype: torch.dtype) -> 
     4-bit products are computed in. Raises InputError if bitsandbytes is not installed.
     """
     bnb = _bitsandbytes()
+    # bitsandbytes logs a line per 8-bit product whose input is not float16: thousands a second.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, linear in list(module.named_modules()):
         if type(linear) is not torch.nn.Linear:
             continue

@@ -152,6 +152,6 @@ def _load_text_model(
     config = Qwen2_5_VLConfig.from_pretrained(str(folder)).text_config
     module = empty_module(lambda: Qwen2_5_VLTextModel._from_config(config))
     if quantization != "none":
-        quantize_linears(module.layers, quantization, dtype)
+        quantize_linears(module.get_submodule("layers"), quantization, dtype)
     load_weights(module, folder, device=device, dtype=dtype, rename=_text_model_name)
     return module

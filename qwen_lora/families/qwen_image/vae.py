@@ -11,6 +11,7 @@ Parameter names are those of the checkpoint. B samples, C channels, H x W pixels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +32,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        unit = F.normalize(x.float(), dim=1).to(x.dtype)
-        return unit * x.shape[1] ** 0.5 * self.gamma
+        unit: torch.Tensor = F.normalize(x.float(), dim=1).to(x.dtype)
+        return unit * math.sqrt(x.shape[1]) * self.gamma
 
 
 class ResidualBlock(nn.Module):
@@ -51,7 +52,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + self.conv_shortcut(x)
+        return y + self.conv_shortcut(x)  # type: ignore[no-any-return]
 
 
 class AttentionBlock(nn.Module):
@@ -69,7 +70,7 @@ class AttentionBlock(nn.Module):
         query, key, value = qkv.contiguous().unsqueeze(1).chunk(3, dim=-1)  # each [B, 1, h*w, C]
         y = F.scaled_dot_product_attention(query, key, value).squeeze(1)
         y = y.transpose(1, 2).reshape(batch, channels, height, width)
-        return self.proj(y) + x
+        return self.proj(y) + x  # type: ignore[no-any-return]
 
 
 class Downsample(nn.Module):
