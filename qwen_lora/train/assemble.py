@@ -1,0 +1,245 @@
+# ruff: noqa: TID253
+"""From settings and shard sets to the parts that a run trains with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.hashing import hash_json
+from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
+from qwen_lora.shards.format import Manifest
+from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
+from qwen_lora.train.data import BatchLoader
+from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
+from qwen_lora.train.lr_schedule import make_lr_scheduler
+from qwen_lora.train.objective import compute_dtype
+from qwen_lora.train.optimizer import make_optimizer
+from qwen_lora.train.optimizer_state import check_round_trip, pack_optimizer, unpack_optimizer
+from qwen_lora.train.plan import BatchRule, PlanTable, plan_id
+from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.resume import result_settings, share_of_step
+from qwen_lora.train.sources import Sources, model_name
+from qwen_lora.train.step import SampleLosses, Stepper, wrap_for_ranks
+from qwen_lora.train.timesteps import TimestepSampling
+from qwen_lora.train.transformer import check_transformer, load_base
+from qwen_lora.train.tree import pack, unpack
+from qwen_lora.train.validation import (
+    FIXED_TRAIN_IMAGES,
+    Measure,
+    chosen_sources,
+    hold_out,
+    report_split,
+)
+
+COMPONENTS = ("transformer", "scheduler")
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Which samples are trained on and which are measured, and how they are batched."""
+
+    table: PlanTable
+    measured: PlanTable
+    measure_name: str
+    rule: BatchRule
+    accumulation: int  # micro-batches of a step on each rank
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The transformer with its LoRA, and what updates it."""
+
+    transformer: torch.nn.Module
+    spec: LoraSpec
+    parameters: list[tuple[str, torch.nn.Parameter]]
+    losses: SampleLosses
+    stepper: Stepper
+    dtype: torch.dtype
+
+
+def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) -> ModelFolder:
+    """Rank 0 downloads what is missing; nobody loads a weight before the transformer's config is
+    known to fit the shards."""
+    name = model_name(settings, manifests)
+    if ranks.world > 1:
+        ranks.on_main(lambda: resolve_model(name, COMPONENTS).model_id)
+    model = ranks.everywhere(lambda: resolve_model(name, COMPONENTS))
+    check_transformer(model, manifests)
+    return model
+
+
+def plan_data(
+    ranks: Ranks, settings: Settings, sources: Sources, recorded: RunFacts | None
+) -> DataPlan:
+    """Split, weigh and batch the samples; a resumed run keeps its number of micro-batches a step."""
+    data = settings.data_config
+
+    def gather(**chosen: Any) -> PlanTable:
+        return PlanTable.from_sets(
+            sources.sets,
+            sources.weights,
+            data.group_weights,
+            kohya_repeats=data.kohya_repeats,
+            **chosen,
+        )
+
+    table = gather()
+    held = hold_out(sources_of(table, sources), settings.validation_fraction)
+    if held:
+        if ranks.is_main:
+            report_split(held, len(set(sources_of(table, sources))))
+        table = gather(exclude_sources=held)
+        name, few = "validation_loss", chosen_sources(held, settings.validation_max_images)
+    else:
+        count = min(FIXED_TRAIN_IMAGES, settings.validation_max_images)
+        name, few = "fixed_train_loss", chosen_sources(sources_of(table, sources), count)
+    micro_batches, accumulation = share_of_step(recorded, settings, ranks.world)
+    rule = BatchRule(
+        train_batch_size=settings.train_batch_size,
+        micro_batches_per_step=micro_batches,
+        seed=settings.seed,
+        caption_dropout_rate=data.caption_dropout_rate,
+        shuffle=settings.shuffle,
+    )
+    return DataPlan(table, gather(only_sources=few), name, rule, accumulation)
+
+
+def sources_of(table: PlanTable, sources: Sources) -> set[str]:
+    """The source sha256s behind a table's rows."""
+    columns = [shard_set.table.source_sha256 for shard_set in sources.sets]
+    pairs = zip(table.set_index.tolist(), table.set_row.tolist(), strict=True)
+    return {columns[index][row] for index, row in pairs}
+
+
+def run_facts(
+    ranks: Ranks, settings: Settings, sources: Sources, model: ModelFolder, plan: DataPlan
+) -> RunFacts:
+    """What the result depends on; compared with the checkpoint's before a run continues."""
+    cache = settings.output_dir / ".weight-hashes.json"
+    return RunFacts(
+        settings=result_settings(settings),
+        compute_dtype=dtype_name(settings, ranks.device),
+        micro_batches_per_step=plan.rule.micro_batches_per_step,
+        plan_id=plan_id(plan.table, plan.rule),
+        generations=sources.generations,
+        fingerprints=sources.fingerprints,
+        base_model=ranks.on_main(lambda: base_fingerprint(model, cache)),
+    )
+
+
+def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
+    """Names the transformer by content: config keys that are not about files, and weight hashes."""
+    config = {k: v for k, v in model.config("transformer").items() if not k.startswith("_")}
+    weights = weight_hashes(model.component("transformer"), cache_file)
+    return hash_json([config, sorted(weights.values())])
+
+
+def build_trainable(
+    ranks: Ranks, settings: Settings, model: ModelFolder, resumed: Checkpoint | None
+) -> Trainable:
+    """Load the base, add the LoRA, make the optimizer and schedule; put a checkpoint's state in."""
+    transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device))
+    spec = LoraSpec.from_settings(settings)
+    parameters = add_lora(transformer, spec, model.family, settings.seed)
+    if resumed:
+        load_lora_state(transformer, resumed.lora)
+    ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")
+    ranks.everywhere(lambda: check_round_trip(lambda p: make_optimizer(p, settings), ranks.device))
+    optimizer = make_optimizer(parameters, settings)
+    scheduler = make_lr_scheduler(optimizer, settings)
+    dtype = compute_dtype(transformer)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    if resumed:
+        unpack_optimizer(optimizer, parameters, resumed.optimizer, resumed.optimizer_tensors)
+        scheduler.load_state_dict(unpack(resumed.scheduler, {}))
+        scaler.load_state_dict(unpack(resumed.scaler, {}))
+    losses = SampleLosses(transformer, model.family, settings.loss_weighting)
+    transformer.train()  # LoRA dropout; the frozen base has none of its own
+    stepper = Stepper(
+        ranks,
+        wrap_for_ranks(losses, ranks),
+        [parameter for _, parameter in parameters],
+        optimizer,
+        scheduler,
+        scaler,
+        settings,
+    )
+    return Trainable(transformer, spec, parameters, losses, stepper, dtype)
+
+
+def build_loaders(
+    ranks: Ranks,
+    settings: Settings,
+    sources: Sources,
+    model: ModelFolder,
+    plan: DataPlan,
+    trainable: Trainable,
+) -> tuple[BatchLoader, Measure]:
+    sampling = TimestepSampling.from_settings(
+        settings,
+        compute_dtype=trainable.dtype,
+        family=model.family,
+        scheduler_config=model.config("scheduler"),
+    )
+    on_gpu = ranks.device.type == "cuda"
+    loader = BatchLoader(
+        sources.sets,
+        plan.table,
+        plan.rule,
+        sampling,
+        read_ahead=settings.read_ahead,
+        pin_memory=on_gpu,
+    )
+    # The measure must not depend on the run's seed.
+    fixed = BatchRule(train_batch_size=1, micro_batches_per_step=1, seed=0)
+    measured = BatchLoader(
+        sources.sets, plan.measured, fixed, sampling, read_ahead=0, pin_memory=on_gpu
+    )
+    return loader, Measure(plan.measure_name, ranks, trainable.losses, plan.measured, measured)
+
+
+def snapshot(trainable: Trainable, facts: RunFacts, state: TrainState) -> Checkpoint:
+    """A checkpoint's content, on the host."""
+    stepper = trainable.stepper
+    tensors: dict[str, torch.Tensor] = {}
+    optimizer = pack_optimizer(stepper.optimizer, trainable.parameters, tensors)
+    nothing: dict[str, torch.Tensor] = {}
+    return Checkpoint(
+        facts=facts,
+        state=state,
+        lora={
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in lora_state(trainable.transformer).items()
+        },
+        optimizer_tensors=tensors,
+        optimizer=optimizer,
+        scheduler=pack(stepper.scheduler.state_dict(), "scheduler", nothing),
+        scaler=pack(stepper.scaler.state_dict(), "scaler", nothing),
+    )
+
+
+def say_what_runs(
+    ranks: Ranks, settings: Settings, plan: DataPlan, trainable: Trainable, step: int
+) -> None:
+    if not ranks.is_main:
+        return
+    numbers = sum(parameter.numel() for _, parameter in trainable.parameters)
+    samples = f"{len(plan.table)} samples"
+    if plan.table.duplicates:
+        samples += f" ({plan.table.duplicates} duplicates left out)"
+    begin = f"continuing at step {step}" if step else "starting"
+    print(
+        f"{begin}: {samples}, {settings.max_train_steps} steps of "
+        f"{plan.rule.micro_batches_per_step} micro-batches of up to {settings.train_batch_size}; "
+        f"LoRA rank {settings.rank} with {numbers:,} parameters; "
+        f"{dtype_name(settings, ranks.device)} on {ranks.device.type}, "
+        f"{ranks.world} process(es), accumulation {plan.accumulation}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,192 @@
+# ruff: noqa: TID253
+"""The training loop: steps, and once in a while a line of metrics, a measurement, a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import Stopped
+from qwen_lora.progress import Progress
+from qwen_lora.train.checkpoint import TrainState
+from qwen_lora.train.data import BatchLoader
+from qwen_lora.train.metrics import MetricsFile
+from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.signals import StopRequest
+from qwen_lora.train.step import MicroStep, Stepper, StepResult
+from qwen_lora.train.trackers import Trackers
+from qwen_lora.train.validation import Measure
+
+SMOOTHING = 0.95  # of the shown loss, per step
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's share of this rank."""
+
+    epoch: int
+    index: int  # of the step in its epoch
+    micro_steps: list[MicroStep]
+    samples: int  # of the step, over all ranks
+    last_of_epoch: bool
+
+
+@dataclass
+class LoopParts:
+    """What the loop works with; `save` publishes a checkpoint of a state on all ranks together."""
+
+    settings: Settings
+    ranks: Ranks
+    stepper: Stepper
+    loader: BatchLoader
+    measure: Measure | None
+    metrics: MetricsFile
+    trackers: Trackers
+    save: Callable[[TrainState], None]
+
+
+def upcoming(parts: LoopParts, state: TrainState) -> Generator[Work]:
+    """This rank's work from the cursor on, over epochs without end."""
+    ranks, plan = parts.ranks, parts.loader.plan(state.epoch)
+    stream = parts.loader.stream_epochs(state.epoch, state.epoch_step, ranks.rank, ranks.world)
+    with closing(stream):
+        for epoch, index, batches in stream:
+            if plan.epoch != epoch:
+                plan = parts.loader.plan(epoch)
+            step = plan.step(index)
+            micro_steps = []
+            for position, batch in enumerate(batches):
+                number = position * ranks.world + ranks.rank
+                if batch is None:  # nothing left for this rank: the first one again, weight 0
+                    batch = parts.loader.load(step[0], epoch)
+                    micro_steps.append(MicroStep(batch, number, weight=0.0))
+                else:
+                    micro_steps.append(MicroStep(batch, number, weight=1.0))
+            samples = sum(len(micro_batch.visits) for micro_batch in step)
+            yield Work(epoch, index, micro_steps, samples, index + 1 == plan.steps)
+
+
+class Loop:
+    """Runs from `state` to `max_train_steps`."""
+
+    def __init__(self, parts: LoopParts, state: TrainState) -> None:
+        self.parts, self.settings, self.ranks = parts, parts.settings, parts.ranks
+        self.state = state
+        self._saved_step = state.step
+        self._timed_steps, self._timed_samples, self._timed_s = 0, 0, 0.0
+
+    def run(self) -> TrainState:
+        """Raises Stopped after saving when a stop signal came on any rank."""
+        settings = self.settings
+        quiet = not self.ranks.is_main
+        last = settings.max_train_steps
+        bar = Progress("train", last, "step", initial=self.state.step, quiet=quiet)
+        work = upcoming(self.parts, self.state)
+        with StopRequest() as stop, bar, closing(work):
+            self._measure(stop)
+            while self.state.step < last:
+                started = time.monotonic()
+                current = self._agree_on_next(work, stop)
+                lr = float(self.parts.stepper.optimizer.param_groups[0]["lr"])
+                result = self.parts.stepper.run(
+                    self.state.step, current.micro_steps, current.samples
+                )
+                self._advance(current, result, time.monotonic() - started)
+                bar.update()
+                bar.note(self._note())
+                self._log(result, lr)
+                self._measure(stop)
+                self._save_when_due()
+        return self.state
+
+    def _agree_on_next(self, work: Generator[Work], stop: StopRequest) -> Work:
+        """The next step's work, unless a rank was asked to stop or could not read its records."""
+        current, failure = None, None
+        try:
+            current = next(work)
+        except Exception as error:
+            failure = error
+        signum = self.ranks.agree(failure, stop.signum)
+        if signum:
+            if self._saved_step != self.state.step or self.state.step == 0:
+                self.parts.save(self.state)
+            raise Stopped(
+                signum,
+                f"stopped at step {self.state.step}, saved; run the same command to continue",
+            )
+        assert current is not None
+        return current
+
+    def _advance(self, work: Work, result: StepResult, seconds: float) -> None:
+        state = self.state
+        before = state.smoothed_loss
+        smoothed = (
+            result.loss if before is None else SMOOTHING * before + (1 - SMOOTHING) * result.loss
+        )
+        self.state = TrainState(
+            step=state.step + 1,
+            epoch=work.epoch + 1 if work.last_of_epoch else work.epoch,
+            epoch_step=0 if work.last_of_epoch else work.index + 1,
+            samples=state.samples + work.samples,
+            smoothed_loss=smoothed,
+            interval_losses=(*state.interval_losses, result.loss),
+        )
+        self._timed_steps += 1
+        self._timed_samples += work.samples
+        self._timed_s += seconds
+
+    def _note(self) -> str:
+        return (
+            f"loss {self.state.smoothed_loss:.4f}, {self._timed_s / self._timed_steps:.2f} s/step, "
+            f"{self._timed_samples / self._timed_s:.2f} samples/s"
+        )
+
+    def _log(self, result: StepResult, lr: float) -> None:
+        """One line each `logging_steps` and at the end, with the mean loss since the last one."""
+        state = self.state
+        if state.step % self.settings.logging_steps and state.step != self.settings.max_train_steps:
+            return
+        row: dict[str, Any] = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": sum(state.interval_losses) / len(state.interval_losses),
+            "smoothed_loss": state.smoothed_loss,
+            "learning_rate": lr,
+            "grad_norm": result.grad_norm,
+            "step_seconds": round(self._timed_s / self._timed_steps, 6),
+            "samples_per_s": round(self._timed_samples / self._timed_s, 4),
+            "samples": state.samples,
+        }
+        if self.parts.stepper.scaler.is_enabled():
+            row["loss_scale"] = self.parts.stepper.scaler.get_scale()
+        self._write(row)
+        self.state = replace(state, interval_losses=())
+        self._timed_steps, self._timed_samples, self._timed_s = 0, 0, 0.0
+
+    def _measure(self, stop: StopRequest) -> None:
+        """At step 0, each `validation_steps` and at the end; not twice at one step."""
+        step, every = self.state.step, self.settings.validation_steps
+        due = every > 0 and (step % every == 0 or step == self.settings.max_train_steps)
+        measure = self.parts.measure
+        if not due or measure is None:
+            return
+        metrics = self.parts.metrics
+        if self.ranks.on_main(lambda: metrics.last_step_of(measure.name)) >= step:
+            return
+        values = measure.run(lambda: stop.signum)
+        if values is not None:
+            self._write({"step": step, "epoch": self.state.epoch, **values})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.parts.metrics.write(row)
+        self.parts.trackers.log(row, step=row["step"])
+
+    def _save_when_due(self) -> None:
+        step = self.state.step
+        if step % self.settings.checkpointing_steps == 0 or step == self.settings.max_train_steps:
+            self.parts.save(self.state)
+            self._saved_step = step

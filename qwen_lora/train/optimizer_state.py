@@ -1,0 +1,106 @@
+# ruff: noqa: TID253
+"""An optimizer's state by parameter name, as tensors and JSON, for any optimizer that plays fair."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.train.tree import pack, unpack
+
+NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+_PROBE_SHAPE = (64, 80)  # above the 4096 numbers from which 8-bit optimizers use 8 bits
+
+
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: NamedParameters, tensors: dict[str, torch.Tensor]
+) -> Any:
+    """The JSON form of the state; its tensors go into `tensors` as `<parameter>/<key>`."""
+    names = _names_in_order(optimizer, parameters)
+    state = optimizer.state_dict()
+    return {
+        "state": {names[i]: pack(value, names[i], tensors) for i, value in state["state"].items()},
+        "groups": [
+            pack({**group, "params": [names[i] for i in group["params"]]}, "group", tensors)
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: NamedParameters,
+    packed: Any,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Load what `pack_optimizer` made into an optimizer over the same parameters."""
+    index = {name: i for i, name in enumerate(_names_in_order(optimizer, parameters))}
+    groups = [unpack(group, tensors) for group in packed["groups"]]
+    optimizer.load_state_dict(
+        {
+            "state": {index[name]: unpack(v, tensors) for name, v in packed["state"].items()},
+            "param_groups": [
+                {**group, "params": [index[name] for name in group["params"]]} for group in groups
+            ],
+        }
+    )
+
+
+def check_round_trip(
+    make: Callable[[NamedParameters], torch.optim.Optimizer], device: torch.device
+) -> None:
+    """Try before the first step whether a checkpoint can hold this optimizer's state: two steps, a
+    round trip in between, against two steps without one. Raises InputError if not."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (_PROBE_SHAPE, (1, 8))
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+
+    def fresh(values: Sequence[torch.Tensor]) -> list[tuple[str, torch.nn.Parameter]]:
+        return [
+            (f"probe.{i}", torch.nn.Parameter(value.clone().to(device)))
+            for i, value in enumerate(values)
+        ]
+
+    def step(optimizer: torch.optim.Optimizer, parameters: NamedParameters, number: int) -> None:
+        for (_, parameter), gradient in zip(parameters, gradients[number], strict=True):
+            parameter.grad = gradient.clone().to(device)
+        optimizer.step()
+
+    first = fresh(start)
+    unbroken = make(first)
+    step(unbroken, first, 0)
+    second = fresh([parameter.detach().cpu() for _, parameter in first])
+    resumed = make(second)
+    try:
+        tensors: dict[str, torch.Tensor] = {}
+        packed = copy.deepcopy(pack_optimizer(unbroken, first, tensors))
+        unpack_optimizer(resumed, second, packed, tensors)
+    except (QwenLoraError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(_refusal(unbroken, str(error))) from error
+    step(unbroken, first, 1)
+    step(resumed, second, 1)
+    for (_, one), (_, other) in zip(first, second, strict=True):
+        if not torch.equal(one, other):
+            raise InputError(_refusal(unbroken, "it continues differently after loading"))
+
+
+def _refusal(optimizer: torch.optim.Optimizer, why: str) -> str:
+    return (
+        f"optimizer {type(optimizer).__name__}: its state does not survive a checkpoint ({why}); "
+        "choose another optimizer"
+    )
+
+
+def _names_in_order(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> list[str]:
+    """Parameter names in the order in which state_dict numbers them."""
+    by_identity = {id(parameter): name for name, parameter in parameters}
+    return [
+        by_identity[id(parameter)]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]

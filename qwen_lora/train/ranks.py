@@ -1,0 +1,181 @@
+# ruff: noqa: TID253
+"""The processes of one run: who I am, what we agree on.
+
+A failure on one rank must end all ranks with the same message instead of leaving the others waiting
+in a collective. So everything that only rank 0 does goes through `on_main`, and errors that only
+one rank sees (a damaged record) travel with the flags of `agree`. These small messages go through a
+gloo group on the host: they never wait for a GPU. They are JSON; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError, QwenLoraError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+def start_ranks(settings: Settings) -> Ranks:
+    """Join the process group that the launcher described, on a GPU if there is one.
+
+    accelerate's own mixed precision (autocast) stays off: the compute type is that of the weights.
+    Raises InputError when `num_processes` is neither 1 nor the number of processes there are.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=list(settings.report_to) or None,
+        project_dir=settings.output_dir / settings.logging_dir,
+    )
+    ranks = Ranks(accelerator)
+    if settings.num_processes not in (1, ranks.world):
+        ranks.close()
+        raise InputError(
+            f"num_processes is {settings.num_processes}, but {ranks.world} are running; start "
+            "`qwen-lora train` with --num-processes, or use `accelerate launch` alone"
+        )
+    return ranks
+
+
+# Rank 0 may hash or load for a long time while the others wait in a host collective.
+HOST_TIMEOUT = timedelta(hours=2)
+
+
+class Ranks:
+    """One process's place among the others, and the host-side collectives between them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        self._group: Any = None
+        if self.world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 and give its JSON result to every rank; its error is raised by all."""
+        if self.world == 1:
+            return work()
+        message: dict[str, Any] = {}
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                message = {"value": work()}
+            except QwenLoraError as error:
+                failure, message = error, error_facts(error)
+            except Exception as error:
+                failure, message = error, error_facts(error)
+        message = self._broadcast_json(message)
+        if failure is not None:
+            raise failure
+        raise_facts(message)
+        return message["value"]
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if one fails, all raise the error of the lowest failing rank."""
+        if self.world == 1:
+            return work()
+        failure: Exception | None = None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+        return value
+
+    def agree(self, failure: Exception | None = None, flag: int = 0) -> int:
+        """Exchange one flag: returns the largest over the ranks. If any rank brings a failure, every
+        rank raises: its own, or that of the lowest failing rank."""
+        if self.world == 1:
+            if failure is not None:
+                raise failure
+            return flag
+        state = torch.tensor([int(failure is not None), flag])
+        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self._group)
+        failed, flag = state.tolist()
+        if failed:
+            all_facts = self.gather_json(error_facts(failure) if failure else {})
+            if failure is not None:
+                raise failure
+            for facts in all_facts:
+                raise_facts(facts)
+        return int(flag)
+
+    def check_equal(self, value: str, what: str) -> None:
+        """Raise on every rank when the ranks do not hold the same `value`."""
+        if self.world > 1 and len(set(self.gather_json(value))) > 1:
+            raise QwenLoraError(
+                f"the processes disagree about {what}; are the same version and files on every machine?"
+            )
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
+        sizes = [torch.zeros_like(size) for _ in range(self.world)]
+        dist.all_gather(sizes, size, group=self._group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.zeros_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self._group)
+        return [
+            json.loads(part[: int(size)].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def sum_on_host(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks of a CPU tensor; the input is left as it was."""
+        total = values.clone()
+        if self.world > 1:
+            dist.all_reduce(total, group=self._group)
+        return total
+
+    def close(self) -> None:
+        """Leave the process group, so that a later run in this process can start one."""
+        from accelerate.state import AcceleratorState
+
+        if self.world > 1:
+            self.accelerator.end_training()
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    def _broadcast_json(self, value: Any) -> Any:
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
+        dist.broadcast(size, src=0, group=self._group)
+        if not self.is_main:
+            data = torch.zeros(int(size), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self._group)
+        return json.loads(data.numpy().tobytes())
+
+
+def error_facts(error: Exception) -> dict[str, Any]:
+    if isinstance(error, QwenLoraError):
+        return {"error": str(error), "input": isinstance(error, InputError)}
+    return {"error": f"{type(error).__name__}: {error}", "input": False}
+
+
+def raise_facts(facts: dict[str, Any]) -> None:
+    if "error" in facts:
+        kind = InputError if facts["input"] else QwenLoraError
+        raise kind(facts["error"])

@@ -1,0 +1,118 @@
+"""What a resumed run may change. Imports no torch.
+
+A setting that would change the result is refused, naming old and new. Exceptions: `max_train_steps`
+for schedules that do not depend on it, and the way a step's micro-batches are shared between
+accumulation and ranks, as long as their product stays. Moved folders are fine: the model, the plan
+and the shard sets are compared by content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
+from qwen_lora.train.checkpoint import RunFacts
+from qwen_lora.train.lr_schedule import depends_on_max_steps
+
+# Compared by content or by a rule of their own, not by value.
+_OWN_RULE = {
+    "pretrained_model_name_or_path",
+    "shards",
+    "mixed_precision",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+}
+
+
+def result_settings(settings: Settings) -> dict[str, Any]:
+    """Every setting that changes the result of training, flat, as JSON values."""
+    return dict(_flat(settings, settings.model_dump(mode="json"), ""))
+
+
+def _flat(section: BaseModel, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        facts = field.json_schema_extra
+        if isinstance(value, BaseModel):
+            yield from _flat(value, values[name], f"{prefix}{name}.")
+        elif (
+            isinstance(facts, dict)
+            and facts["command"] in ("train", "both")
+            and facts["changes"] == "result"
+        ):
+            yield f"{prefix}{name}", values[name]
+
+
+def settings_without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """For the LoRA file, which people share: where things lie on this machine stays out."""
+    return {k: v for k, v in values.items() if k not in ("pretrained_model_name_or_path", "shards")}
+
+
+def share_of_step(recorded: RunFacts | None, settings: Settings, world: int) -> tuple[int, int]:
+    """(micro-batches of a step, accumulation on each rank). The first is fixed at the first start.
+
+    Raises InputError when the ranks do not divide it, with the counts that do.
+    """
+    wanted = settings.gradient_accumulation_steps
+    if recorded is None or wanted * world == recorded.micro_batches_per_step:
+        return wanted * world, wanted
+    total = recorded.micro_batches_per_step
+    before = recorded.settings["gradient_accumulation_steps"]
+    if wanted != before:
+        raise InputError(
+            f"gradient_accumulation_steps was {before}, now {wanted}: with {world} processes a step "
+            f"would have {wanted * world} micro-batches instead of this run's {total}"
+        )
+    if total % world:
+        counts = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise InputError(
+            f"this run has {total} micro-batches a step, which {world} processes cannot share; "
+            f"use one of these numbers of processes: {counts}"
+        )
+    return total, total // world
+
+
+def check_resume(run: Path, old: RunFacts, new: RunFacts, settings: Settings) -> None:
+    """Raises InputError naming every difference that would change the result."""
+    problems = [
+        f"{name} was {old.settings[name]!r}, now {value!r}"
+        for name, value in new.settings.items()
+        if name not in _OWN_RULE and name in old.settings and old.settings[name] != value
+    ]
+    problems += _length_problem(old, new, settings)
+    for name, what in (
+        ("compute_dtype", "the compute type (mixed_precision)"),
+        ("base_model", "the base model's content"),
+        ("fingerprints", "the shard sets' fingerprints"),
+        ("plan_id", "the set of live samples"),
+    ):
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            problems.append(f"{what} was {_short(before)}, now {_short(now)}")
+    if problems:
+        raise InputError(
+            f"cannot continue {run}: " + "; ".join(problems) + ". Put the old values back, "
+            "choose another --output, or start over with --restart"
+        )
+
+
+def _length_problem(old: RunFacts, new: RunFacts, settings: Settings) -> list[str]:
+    before, now = old.settings["max_train_steps"], new.settings["max_train_steps"]
+    if before == now or not depends_on_max_steps(settings):
+        return []
+    return [
+        f"max_train_steps was {before}, now {now}, and the {settings.lr_scheduler} schedule depends "
+        "on it"
+    ]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    text = str(value)
+    return text[:12] + "..." if len(text) > 40 else text

@@ -1,0 +1,150 @@
+"""Stage 2 from end to end: `train(settings)`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.train.run_folder import RunFolder, TrainResult, find_checkpoint, open_run
+
+if TYPE_CHECKING:
+    from qwen_lora.train.assemble import DataPlan, Trainable
+    from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
+    from qwen_lora.train.ranks import Ranks
+
+__all__ = ["TrainResult", "train"]
+
+
+def train(settings: Settings, restart: bool = False) -> TrainResult:
+    """Train a LoRA on a shard set, or continue the run in `output_dir` from its last checkpoint.
+
+    restart: forget an earlier run in `output_dir` first. Under `accelerate launch`, `torchrun` or
+    `--num-processes` every process calls this and all get the same result.
+
+    Returns where the LoRA file is (diffusers' layout) and of how many optimizer steps.
+    Raises InputError for what the user can put right (settings, model, shards, a changed setting on
+    resume), ShardError for damaged records, QwenLoraError for a loss that is not finite, Stopped
+    after SIGTERM or SIGINT, when the state is saved.
+    """
+    from qwen_lora.train import assemble
+    from qwen_lora.train.ranks import start_ranks
+    from qwen_lora.train.resume import check_resume
+    from qwen_lora.train.sources import open_sources
+    from qwen_lora.train.trackers import check_trackers
+
+    check_trackers(settings)
+    ranks = start_ranks(settings)
+    try:
+        with open_run(ranks, settings, restart) as run:
+            found = find_checkpoint(ranks, run, settings)
+            with open_sources(ranks, settings, found and found.facts.generations) as sources:
+                model = assemble.find_model(ranks, settings, sources.manifests)
+                plan = assemble.plan_data(ranks, settings, sources, found and found.facts)
+                facts = assemble.run_facts(ranks, settings, sources, model, plan)
+                ranks.check_equal(facts.plan_id, "the plan of the samples")
+                if found:
+                    check_resume(run.path, found.facts, facts, settings)
+                    if done := _already_done(ranks, run, found, settings):
+                        return done
+                ranks.on_main(lambda: run.write_settings(settings))
+                trainable = assemble.build_trainable(ranks, settings, model, found)
+                loaders = assemble.build_loaders(ranks, settings, sources, model, plan, trainable)
+                state = _loop(ranks, run, settings, plan, facts, trainable, loaders, found)
+                _export(ranks, run, settings, facts, trainable, model, state)
+                return TrainResult(run.lora, state.step, found.state.step if found else None)
+    finally:
+        ranks.close()
+
+
+def _already_done(
+    ranks: Ranks, run: RunFolder, found: Checkpoint, settings: Settings
+) -> TrainResult | None:
+    """A finished run that is started again says so, without loading the model."""
+    step = found.state.step
+    if step < settings.max_train_steps or ranks.on_main(run.result_step) != step:
+        return None
+    if ranks.is_main:
+        print(
+            f"{run.path} is done: {step} steps, {run.lora}. A larger max_train_steps continues it, "
+            "--restart starts over",
+            file=sys.stderr,
+        )
+    return TrainResult(run.lora, step, resumed_from=step, already_done=True)
+
+
+def _loop(
+    ranks: Ranks,
+    run: RunFolder,
+    settings: Settings,
+    plan: DataPlan,
+    facts: RunFacts,
+    trainable: Trainable,
+    loaders: tuple[Any, Any],
+    found: Checkpoint | None,
+) -> TrainState:
+    """Train from the cursor to the last step."""
+    from qwen_lora.train.assemble import say_what_runs, snapshot
+    from qwen_lora.train.checkpoint import TrainState
+    from qwen_lora.train.loop import Loop, LoopParts
+    from qwen_lora.train.metrics import MetricsFile
+    from qwen_lora.train.trackers import Trackers
+
+    state = found.state if found else TrainState()
+    loader, measure = loaders
+    ranks.check_equal(loader.plan(state.epoch).hash, "the plan of the epoch")
+    metrics = MetricsFile(run.metrics if ranks.is_main else None)
+    metrics.continue_from(state.step) if found else metrics.clear()
+    trackers = Trackers(ranks.accelerator, settings)
+
+    def publish(now: TrainState) -> None:
+        checkpoint = snapshot(trainable, facts, now)
+        keep = settings.checkpoints_total_limit
+        ranks.on_main(lambda: run.store.save(checkpoint, keep) and None)
+
+    say_what_runs(ranks, settings, plan, trainable, state.step)
+    parts = LoopParts(
+        settings, ranks, trainable.stepper, loader, measure, metrics, trackers, publish
+    )
+    try:
+        return Loop(parts, state).run()
+    finally:
+        trackers.close()
+
+
+def _export(
+    ranks: Ranks,
+    run: RunFolder,
+    settings: Settings,
+    facts: RunFacts,
+    trainable: Trainable,
+    model: Any,
+    state: TrainState,
+) -> None:
+    """Write lora.safetensors, then result.json and loss.png, by rank 0."""
+    from qwen_lora.train.export import save_lora
+    from qwen_lora.train.plot import plot_loss
+    from qwen_lora.train.resume import settings_without_paths
+
+    provenance = {
+        "steps": state.step,
+        "settings": settings_without_paths(facts.settings),
+        "shards": [
+            {"fingerprint": fingerprint, "generation": generation}
+            for fingerprint, generation in zip(facts.fingerprints, facts.generations, strict=True)
+        ],
+        "base_model": {
+            "id": model.model_id,
+            "revision": model.revision,
+            "fingerprint": facts.base_model,
+        },
+    }
+
+    def write() -> None:
+        save_lora(run.lora, trainable.transformer, trainable.spec, settings.save_dtype, provenance)
+        run.write_result(state.step)
+        if run.metrics.exists():
+            plot_loss(run.metrics, run.plot)
+        print(f"{run.lora}: {state.step} steps", file=sys.stderr)
+
+    ranks.on_main(write)

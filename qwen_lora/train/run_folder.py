@@ -1,0 +1,130 @@
+"""RUN: the folder of one training run.
+
+settings.yaml    the resolved settings of the last start
+metrics.jsonl    the curves; loss.png shows them
+checkpoints/     see qwen_lora.train.checkpoint
+lora.safetensors the result; result.json says of which step it is
+.lock            held while a process trains here
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
+from qwen_lora.hashing import canonical_json, sha256_file
+from qwen_lora.posix import exclusive_lock, write_atomic
+from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore, newest_good
+from qwen_lora.train.metrics import FILE as METRICS_FILE
+
+if TYPE_CHECKING:
+    from qwen_lora.train.ranks import Ranks
+
+LORA, PLOT, SETTINGS, RESULT, LOCK = (
+    "lora.safetensors",
+    "loss.png",
+    "settings.yaml",
+    "result.json",
+    ".lock",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run has made."""
+
+    lora: Path  # lora.safetensors
+    steps: int  # optimizer steps behind it, resumed ones included
+    resumed_from: int | None = None  # step of the checkpoint that this start continued
+    already_done: bool = False  # nothing was left to train
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    store: CheckpointStore
+
+    @property
+    def lora(self) -> Path:
+        return self.path / LORA
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_FILE
+
+    @property
+    def plot(self) -> Path:
+        return self.path / PLOT
+
+    def write_settings(self, settings: Settings) -> None:
+        values = settings.model_dump(mode="json")
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_atomic(self.path / SETTINGS, text.encode())
+
+    def write_result(self, step: int) -> None:
+        """Called after the LoRA file is in place: what it is, so that a rerun knows it is done."""
+        facts = {"step": step, "sha256": sha256_file(self.lora)}
+        write_atomic(self.path / RESULT, canonical_json(facts))
+
+    def result_step(self) -> int | None:
+        """The step of a whole, undamaged LoRA file; None if there is none."""
+        try:
+            facts: dict[str, Any] = json.loads((self.path / RESULT).read_bytes())
+            intact = sha256_file(self.lora) == facts["sha256"]
+            return int(facts["step"]) if intact else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def forget(self) -> None:
+        """--restart: remove what an earlier run wrote here, and nothing else."""
+        for name in (METRICS_FILE, LORA, PLOT, SETTINGS, RESULT):
+            (self.path / name).unlink(missing_ok=True)
+        self.store.sweep()
+        for step in self.store.steps():
+            shutil.rmtree(self.store.path(step))
+
+
+@contextmanager
+def open_run(ranks: Ranks, settings: Settings, restart: bool) -> Iterator[RunFolder]:
+    """The run's folder, locked against a second start; what an interrupted save left is removed.
+
+    Raises InputError on every rank when another process holds it or it cannot be written.
+    """
+    path = settings.output_dir
+    run = RunFolder(path, CheckpointStore(path))
+    with ExitStack() as stack:
+
+        def prepare() -> None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive_lock(path / LOCK, str(path)))
+                run.forget() if restart else run.store.sweep()
+            except OSError as error:
+                raise InputError(f"output_dir {path} cannot be written: {error}") from error
+
+        ranks.on_main(prepare)
+        yield run
+
+
+def find_checkpoint(ranks: Ranks, run: RunFolder, settings: Settings) -> Checkpoint | None:
+    """The checkpoint to continue from, or None for a first start. Rank 0 chooses; every rank reads
+    and verifies the same one."""
+
+    def choose() -> int | None:
+        found, notes = newest_good(run.store, settings.resume_from_checkpoint)
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
+        return found.state.step if found else None
+
+    step = ranks.on_main(choose)
+    return None if step is None else ranks.everywhere(lambda: run.store.load(step))

@@ -1,0 +1,187 @@
+# ruff: noqa: TID253
+"""One optimizer step: the gradient of the sum of sample losses over the step's number of samples.
+
+The micro-batches of a step are shared out over ranks and accumulated. A rank with nothing to do
+repeats a micro-batch with weight zero, so that DDP's collectives match. The step reads its loss and
+gradient norm from the device once, after the last micro-batch; nothing else waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import QwenLoraError
+from qwen_lora.families.base import Family
+from qwen_lora.train.data import LoadedBatch
+from qwen_lora.train.objective import flow_matching_loss
+from qwen_lora.train.randomness import dropout_seed
+from qwen_lora.train.ranks import Ranks
+
+MAX_SKIPPED = 20  # fp16 updates skipped in a row before the run stops
+_SHOWN_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """One forward and backward of this rank."""
+
+    batch: LoadedBatch
+    index: int  # of the micro-batch in the step, over all ranks: seeds the LoRA's dropout
+    weight: float  # 1, or 0 where the rank has no work of its own
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # mean over the step's samples on all ranks
+    grad_norm: float  # before clipping
+    skipped: int  # fp16 attempts whose update was skipped before this one
+
+
+class SampleLosses(torch.nn.Module):
+    """The loss of each sample as a module, so that DDP wraps forward and loss together and the
+    objective sees the transformer itself."""
+
+    def __init__(self, transformer: torch.nn.Module, family: Family, weighting: str) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.family = family
+        self.weighting = weighting
+
+    def forward(self, batch: LoadedBatch) -> torch.Tensor:
+        """batch: on the transformer's device. Returns [B] float32."""
+        return flow_matching_loss(
+            self.transformer,
+            batch.latents,
+            batch.prompt_embeds,
+            batch.prompt_masks,
+            batch.noise,
+            batch.sigmas,
+            weighting_scheme=self.weighting,
+            family=self.family,
+        )
+
+
+def wrap_for_ranks(losses: SampleLosses, ranks: Ranks) -> torch.nn.Module:
+    """Plain DDP when there are several ranks. Every rank has loaded the same weights itself and made
+    the same LoRA, so nothing is broadcast."""
+    if ranks.world == 1:
+        return losses
+    return DistributedDataParallel(losses, init_sync=False, gradient_as_bucket_view=True)
+
+
+class Stepper:
+    """Runs optimizer steps. `parameters` are the LoRA's, the only ones clipped and updated."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: torch.nn.Module,
+        parameters: Sequence[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        scaler: torch.amp.GradScaler,
+        settings: Settings,
+    ) -> None:
+        self.ranks, self.model, self.parameters = ranks, model, list(parameters)
+        self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
+        self._seed, self._max_norm = settings.seed, settings.max_grad_norm
+
+    def run(self, step: int, work: Sequence[MicroStep], step_samples: int) -> StepResult:
+        """Do step number `step` (from 0). Raises QwenLoraError on every rank, before any update, when
+        the loss or the gradient is not finite. With fp16 the scale is lowered and the step tried
+        again, at most twenty times."""
+        for skipped in range(MAX_SKIPPED):
+            loss, grad_norm, losses = self._accumulate(step, work, step_samples)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.scheduler.step()
+                return StepResult(loss, grad_norm, skipped)
+            if not self.scaler.is_enabled():
+                break
+            self.scaler.update()  # unscale_ has seen the overflow: the scale goes down
+        raise self._non_finite(step, work, losses, loss, grad_norm)
+
+    def _accumulate(
+        self, step: int, work: Sequence[MicroStep], step_samples: int
+    ) -> tuple[float, float, list[torch.Tensor]]:
+        """Forward and backward of all micro-batches; clipped gradients are left in place. Returns
+        the loss and gradient norm over all ranks and this rank's sample losses."""
+        device = self.ranks.device
+        self.optimizer.zero_grad(set_to_none=True)
+        sample_losses = []
+        loss_sum = torch.zeros((), device=device)
+        for position, micro in enumerate(work):
+            with self._gradients_stay_local(position < len(work) - 1):
+                torch.manual_seed(dropout_seed(self._seed, step, micro.index))
+                losses = self.model(on_device(micro.batch, device))  # [B] float32
+                # DDP averages over ranks: the factor makes it the sum again.
+                scale = micro.weight * self.ranks.world / step_samples
+                self.ranks.accelerator.backward(self.scaler.scale(losses.sum() * scale))
+            sample_losses.append(losses.detach())
+            loss_sum += losses.detach().sum() * micro.weight
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = self._clip()
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(loss_sum)
+        loss, norm = torch.stack([loss_sum / step_samples, grad_norm]).tolist()
+        return loss, norm, sample_losses
+
+    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
+        if local and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _clip(self) -> torch.Tensor:
+        if self._max_norm > 0:
+            norm = self.ranks.accelerator.clip_grad_norm_(self.parameters, self._max_norm)
+            assert isinstance(norm, torch.Tensor)
+            return norm
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _non_finite(
+        self,
+        step: int,
+        work: Sequence[MicroStep],
+        losses: Sequence[torch.Tensor],
+        loss: float,
+        grad_norm: float,
+    ) -> QwenLoraError:
+        """The error, the same on every rank: the samples with a non-finite loss or, when only the
+        gradient is not finite, all of the step's."""
+        bad, every = [], []
+        for micro, values in zip(work, losses, strict=True):
+            if micro.weight:
+                finite = torch.isfinite(values).tolist()
+                every += micro.batch.sample_ids
+                bad += [
+                    name for name, ok in zip(micro.batch.sample_ids, finite, strict=True) if not ok
+                ]
+        gathered = self.ranks.gather_json([bad, every])
+        all_bad = sorted({name for part, _ in gathered for name in part})
+        all_samples = sorted({name for _, part in gathered for name in part})
+        shown = all_bad or all_samples
+        names = ", ".join(shown[:_SHOWN_SAMPLES])
+        if len(shown) > _SHOWN_SAMPLES:
+            names += f" and {len(shown) - _SHOWN_SAMPLES} more"
+        tried = f" in {MAX_SKIPPED} attempts in a row" if self.scaler.is_enabled() else ""
+        return QwenLoraError(
+            f"step {step + 1}: the loss ({loss}) or the gradient norm ({grad_norm}) is not finite"
+            f"{tried}; nothing was updated. Samples: {names}. "
+            "Lower learning_rate or check these images; earlier checkpoints are intact"
+        )
+
+
+def on_device(batch: LoadedBatch, device: torch.device) -> LoadedBatch:
+    """Copies that do not wait. The masks stay on the host, where asking whether anything is padded
+    does not wait for the device either."""
+    return replace(batch.to(device), prompt_masks=batch.prompt_masks)
