@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_class
 from qwen_lora.families.base import Family
 from qwen_lora.train.timesteps import loss_weight, round_to
@@ -38,8 +39,8 @@ def flow_matching_loss(
 
     Returns [B] float32: mean squared error of the velocity over C, h and w, times the weight.
     Prompts of different lengths are padded and masked; the losses equal those of the samples alone.
-    Raises ValueError for shapes that do not fit together or an unknown scheme, InputError for a
-    transformer class that no family knows.
+    Raises InputError for shapes that do not fit together and for a transformer class that no family
+    knows, ValueError for an unknown scheme.
     """
     _check_shapes(latents, prompt_embeds, prompt_masks, noise, sigmas)
     if family is None:
@@ -67,12 +68,12 @@ def compute_dtype(transformer: torch.nn.Module) -> torch.dtype:
     """The dtype that the transformer computes in: that of its floating base weights.
 
     LoRA weights are float32 on a base of any dtype, and quantised weights are integers; neither
-    says what the model computes in.
+    says what the model computes in. A module without weights computes in float32.
     """
     for name, parameter in unwrap(transformer).named_parameters():
         if parameter.is_floating_point() and "lora_" not in name:
             return parameter.dtype
-    raise ValueError(f"{type(transformer).__name__} has no floating-point base weight")
+    return torch.float32
 
 
 def _check_shapes(
@@ -83,19 +84,19 @@ def _check_shapes(
     sigmas: torch.Tensor,
 ) -> None:
     if latents.ndim != 4 or latents.shape != noise.shape:
-        raise ValueError(
+        raise InputError(
             f"latents and noise must both be [B, C, h, w]; got {tuple(latents.shape)} and "
             f"{tuple(noise.shape)}"
         )
     batch = latents.shape[0]
     if sigmas.shape != (batch,) or len(prompt_embeds) != batch or len(prompt_masks) != batch:
-        raise ValueError(
+        raise InputError(
             f"{batch} latents need {batch} sigmas, prompt embeddings and masks; got sigmas "
             f"{tuple(sigmas.shape)}, {len(prompt_embeds)} embeddings, {len(prompt_masks)} masks"
         )
     for index, (embeds, mask) in enumerate(zip(prompt_embeds, prompt_masks, strict=True)):
         if embeds.ndim != 2 or mask.shape != embeds.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"prompt {index}: embeddings must be [T, D] and the mask [T]; got "
                 f"{tuple(embeds.shape)} and {tuple(mask.shape)}"
             )
