@@ -33,6 +33,8 @@ from qwen_lora.train.timesteps import TimestepSampling
 if TYPE_CHECKING:
     from qwen_lora.shards.reader import ShardSet
 
+KEPT_VISITS = 1_000_000  # of all plans in memory, about 60 bytes each; two are always kept
+
 
 @dataclass(frozen=True)
 class LoadedBatch:
@@ -103,13 +105,20 @@ class BatchLoader:
         self._sets, self._table, self._rule, self._sampling = list(sets), table, rule, sampling
         self._read_ahead, self._threads, self._pin = read_ahead, max(1, threads), pin_memory
         self._unconditional = [shard_set.unconditional() for shard_set in sets]
-        self._plan: EpochPlan | None = None
+        self._plans: dict[int, EpochPlan] = {}
 
     def plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch; the last one asked for is kept."""
-        if self._plan is None or self._plan.epoch != epoch:
-            self._plan = plan_epoch(self._table, self._rule, epoch)
-        return self._plan
+        """The plan of an epoch. A few are kept: reading ahead may be several short epochs ahead."""
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._plans[epoch] = plan_epoch(self._table, self._rule, epoch)
+            while self._too_many_plans():
+                del self._plans[min(self._plans)]
+        return plan
+
+    def _too_many_plans(self) -> bool:
+        count, visits = len(self._plans), sum(len(plan.row) for plan in self._plans.values())
+        return count > self._read_ahead + 2 or (count > 2 and visits > KEPT_VISITS)
 
     def load(self, micro_batch: MicroBatch, epoch: int) -> LoadedBatch:
         """Read one micro-batch: a pure function of its arguments and the loader's settings.
