@@ -23,27 +23,38 @@ def sample(
         list[Path] | None,
         typer.Option("--lora", metavar="FILE", help="LoRA file; several are added up. Repeatable."),
     ] = None,
-    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Strength of the LoRA.")] = 1.0,
+    lora_scale: Annotated[
+        float, typer.Option("--lora-scale", metavar="X", help="Strength of the LoRA.")
+    ] = 1.0,
     seed: Annotated[
         list[int] | None,
         typer.Option("--seed", metavar="S", min=0, help="Repeatable. [default: 0]"),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 50,
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", min=2, help="Denoising steps.")
+    ] = 50,
     true_cfg_scale: Annotated[
-        float, typer.Option("--true-cfg-scale", help="Guidance; 1 switches it off.")
+        float, typer.Option("--true-cfg-scale", metavar="X", help="Guidance; 1 switches it off.")
     ] = 4.0,
     negative_prompt: Annotated[
-        str, typer.Option("--negative-prompt", metavar="TEXT", help="What to avoid.")
+        str,
+        typer.Option(
+            "--negative-prompt", metavar="TEXT", help="What to avoid.", show_default="one space"
+        ),
     ] = " ",
     height: Annotated[
-        int | None, typer.Option("--height", min=16, help="Pixels. [default: the model's]")
+        int | None, typer.Option("--height", metavar="PX", min=16, help="[default: the model's]")
     ] = None,
     width: Annotated[
-        int | None, typer.Option("--width", min=16, help="Pixels. [default: the model's]")
+        int | None, typer.Option("--width", metavar="PX", min=16, help="[default: the model's]")
     ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option("--dtype", help="auto: bfloat16 on a GPU that has it, else float32."),
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="float32, bfloat16, float16, auto: bfloat16 on a GPU that has it, else float32.",
+        ),
     ] = "auto",
     no_base: Annotated[
         bool, typer.Option("--no-base", help="Leave out the pictures without the LoRA.")
@@ -107,7 +118,7 @@ def tiny_model(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)
     ],
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the weights.")] = 0,
 ) -> None:
     """Write a tiny Qwen-Image with the real classes and random weights.
 
