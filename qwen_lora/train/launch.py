@@ -22,7 +22,15 @@ PROGRAM = (sys.executable, "-m", "qwen_lora")
 # After a child's failure the others have this long to end by themselves, then to end on SIGTERM.
 ALONE_S, GRACE_S = 2.0, 10.0
 POLL_S = 0.1
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Runs before the child's program: have the kernel send SIGTERM when the launcher dies, however it
+# dies (1 is PR_SET_PDEATHSIG; it survives exec), and look whether that has happened already. A
+# program of its own, because code between fork and exec is unsafe in a process with threads.
+_TIED = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+    "os.getppid() == int(sys.argv[1]) or sys.exit(143)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
 
 
 def launch_processes(
@@ -48,6 +56,8 @@ def launch_processes(
 
 class _Children:
     def __init__(self, command: list[str], count: int) -> None:
+        if sys.platform == "linux":
+            command = [sys.executable, "-c", _TIED, str(os.getpid()), *command]
         self._command, self._count = command, count
         self._processes: list[subprocess.Popen[str]] = []
         self._relays: list[threading.Thread] = []
@@ -74,7 +84,6 @@ class _Children:
                 stderr=None if rank == 0 else subprocess.PIPE,
                 text=True,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
             self._processes.append(process)
             if self._signum:  # it came while starting
@@ -96,7 +105,7 @@ class _Children:
         failed_at = 0.0
         first_failure = 0
         told = False
-        while any(process.poll() is None for process in self._processes):
+        while None in [process.poll() for process in self._processes]:
             if not first_failure:
                 first_failure = next((code for code in self._codes() if code), 0)
                 failed_at = time.monotonic()
@@ -140,23 +149,17 @@ class _Children:
                 process.send_signal(signum)
 
     def _relay(self, stream: IO[str]) -> None:
-        """Pass on what another rank prints. Its `error:` line waits: rank 0 usually has the same."""
-        for line in stream:
-            if line.startswith("error: "):
-                self._held.append(line)
-            else:
-                sys.stderr.write(line)
-                sys.stderr.flush()
+        """Pass on what another rank prints. Its `error:` line waits: rank 0 mostly has the same."""
+        with stream:
+            for line in stream:
+                if line.startswith("error: "):
+                    self._held.append(line)
+                else:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
 
 
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """In the child, before exec: SIGTERM when the launcher dies, however it dies."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

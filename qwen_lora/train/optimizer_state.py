@@ -1,5 +1,5 @@
 # ruff: noqa: TID253
-"""An optimizer's state by parameter name, as tensors and JSON, for any optimizer that plays fair."""
+"""An optimizer's state by parameter name, as tensors and JSON, for any optimizer."""
 
 from __future__ import annotations
 
@@ -37,17 +37,20 @@ def unpack_optimizer(
     packed: Any,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Load what `pack_optimizer` made into an optimizer over the same parameters."""
-    index = {name: i for i, name in enumerate(_names_in_order(optimizer, parameters))}
-    groups = [unpack(group, tensors) for group in packed["groups"]]
-    optimizer.load_state_dict(
-        {
-            "state": {index[name]: unpack(v, tensors) for name, v in packed["state"].items()},
-            "param_groups": [
-                {**group, "params": [index[name] for name in group["params"]]} for group in groups
-            ],
-        }
-    )
+    """Load what `pack_optimizer` made into an optimizer over the same parameters, in any order
+    inside their groups. Raises QwenLoraError when the parameters are others."""
+    names = _names_in_order(optimizer, parameters)
+    index = {name: i for i, name in enumerate(names)}
+    groups, first = [], 0
+    for packed_group, group in zip(packed["groups"], optimizer.param_groups, strict=True):
+        # torch pairs saved and present parameters by position.
+        here = list(range(first, first + len(group["params"])))
+        first += len(here)
+        if sorted(packed_group["params"]) != sorted(names[i] for i in here):
+            raise QwenLoraError("the checkpoint's optimizer state is of other parameters")
+        groups.append({**unpack(packed_group, tensors), "params": here})
+    state = {index[name]: unpack(value, tensors) for name, value in packed["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def check_round_trip(
