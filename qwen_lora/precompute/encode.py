@@ -37,7 +37,6 @@ from qwen_lora.shards.format import (
     Fingerprint,
     RecordMeta,
     ShardEntry,
-    text_id,
 )
 from qwen_lora.shards.writer import EncodedSample
 
@@ -106,7 +105,7 @@ def encode_share(share: Share, station: Station, progress: Progress) -> Encoded:
 
 
 def encode_unconditional(station: Station) -> StoredText:
-    """The empty prompt, alone in its batch, so that every set of these encoders has the same bytes."""
+    """The empty prompt, alone in its batch: the same bytes in every set of these encoders."""
     encoded = station.encoders.text().encode([UNCONDITIONAL_CAPTION])[0]
     return StoredText(encoded.prompt_embeds.to(torch.bfloat16), encoded.prompt_mask)
 
@@ -276,6 +275,3 @@ def record_meta(item: WorkItem, settings: Settings) -> RecordMeta:
         truncated_tokens=list(item.truncated_tokens),
         group=candidate.group,
     )
-
-
-__all__ = ["Encoded", "Share", "Station", "encode_share", "encode_unconditional", "text_id"]

@@ -104,8 +104,8 @@ def encoding_mode(threads: int) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         raise QwenLoraError(
-            "the card ran out of memory while encoding; lower vae_batch_size or text_batch_size, or "
-            f"set encoder_placement to sequential or offload ({str(error).splitlines()[0]})"
+            "the card ran out of memory while encoding; lower vae_batch_size or text_batch_size, "
+            f"or set encoder_placement to sequential or offload ({str(error).splitlines()[0]})"
         ) from error
     finally:
         torch.set_num_threads(before)

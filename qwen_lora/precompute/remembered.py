@@ -33,9 +33,9 @@ def decoder_versions() -> dict[str, str]:
 
 
 class RememberedSources:
-    """sha256 and size of images by (path, length, mtime_ns, inode), so that a rerun reads no image.
+    """sha256 and size of images by (path, length, mtime_ns, inode): a rerun reads no image.
 
-    `rules` are the settings that decide whether an image is accepted; other rules forget everything.
+    `rules` are the settings that decide whether an image is accepted; others forget everything.
     """
 
     def __init__(self, file: Path, rules: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ class RememberedSources:
 
 
 class RememberedFailures:
-    """Samples that could not be decoded, by sample id (which names source, geometry and encoders)."""
+    """Samples that could not be made, by sample id, which names source, geometry and encoders."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

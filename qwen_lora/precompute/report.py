@@ -90,7 +90,7 @@ def sort_files(
 
 
 def write_report(folder: Path, outcome: Outcome) -> Path:
-    """One JSON line a file that is not plainly in the set, sorted by name, control characters escaped."""
+    """One JSON line a file that is not plainly in the set, by name; control characters escaped."""
     rows = [_row(skip, "skipped") for skip in outcome.skipped]
     rows += [_row(skip, "partial") for skip in outcome.partial]
     rows += [

@@ -148,10 +148,10 @@ class Adoption:
 def adopt(
     planned: Sequence[ShardPlan], found: Iterable[tuple[ShardEntry, Sequence[str]]]
 ) -> Adoption:
-    """Keep unlisted shards: first those equal to a planned one, then any whose samples are all wanted.
+    """Keep unlisted shards: those equal to a planned one, then any whose samples are all wanted.
 
-    The planned cuts stay as they are, so a broken run ends with an unbroken one's bytes. A shard that
-    lacks samples which could not be decoded leaves those over; they are tried again after the rest.
+    The planned cuts stay as they are, so a broken run ends with an unbroken one's bytes. A shard
+    without some samples that could not be decoded leaves those over; they are tried again last.
     """
     plan_of = {item.sample_id: index for index, shard in enumerate(planned) for item in shard}
     sizes = [len(shard) for shard in planned]

@@ -1,7 +1,7 @@
 """The processes of one stage 1 run: rank 0 plans and publishes, all encode.
 
-They talk through torch.distributed's key-value store, in JSON. No collective ever blocks: whoever waits
-also looks for another rank's failure, so one failing rank stops all of them with its message.
+They talk through torch.distributed's key-value store, in JSON. No collective ever blocks: whoever
+waits also looks for another rank's failure, so one failing rank stops all with its message.
 """
 
 from __future__ import annotations

@@ -1,0 +1,179 @@
+"""Rank 0's part before anything is encoded: what is there, what is wanted, what is to be done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
+from qwen_lora.families.base import TokenCount
+from qwen_lora.models import ModelFolder
+from qwen_lora.precompute.ahead import work_ahead
+from qwen_lora.precompute.geometry import make_geometries
+from qwen_lora.precompute.inspect import inspect_image
+from qwen_lora.precompute.remembered import RememberedSources
+from qwen_lora.precompute.scan import scan_dataset
+from qwen_lora.precompute.types import Candidate, Inspection, Scan, Skip
+from qwen_lora.precompute.worklist import (
+    ShardPlan,
+    Wanted,
+    WantedSample,
+    cut_shards,
+    list_wanted,
+    make_work_items,
+    shard_samples_limit,
+)
+from qwen_lora.progress import Progress
+from qwen_lora.shards.format import Fingerprint, Geometry
+
+DEFAULT_MODEL = "Qwen/Qwen-Image"
+ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
+TAR_END_BYTES = 10_240  # a tar is padded to whole records of 20 blocks
+CAPTIONS_AT_ONCE = 1024  # given to the tokenizer in one call
+
+
+@dataclass
+class Images:
+    """Accepted files with their geometries, in scan order, and what was not accepted."""
+
+    files: list[tuple[Inspection, tuple[Geometry, ...]]] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    partial: list[Skip] = field(default_factory=list)  # too small for one of several resolutions
+
+
+def dataset_folder(settings: Settings) -> Path:
+    """Raises InputError when no dataset is named, or when it holds the output folder."""
+    dataset = settings.data_config.img_dir
+    if dataset is None:
+        raise InputError("no dataset: name a folder of images, or set data_config.img_dir")
+    if settings.shards_dir.resolve().is_relative_to(dataset.resolve()):
+        raise InputError(
+            f"the output {settings.shards_dir} lies inside the dataset {dataset}; name another "
+            "--output, or its shards would be read as input the next time"
+        )
+    return dataset
+
+
+def scan(settings: Settings) -> Scan:
+    """Names and captions; prints the scanner's hints."""
+    found = scan_dataset(dataset_folder(settings), settings.data_config)
+    for hint in found.hints:
+        print(f"hint: {hint}", file=sys.stderr)
+    if found.ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.ignored.items()))
+        print(f"ignored: {kinds}", file=sys.stderr)
+    return found
+
+
+def accept_images(
+    found: Scan, settings: Settings, image_multiple: int, remembered: RememberedSources
+) -> Images:
+    """Hash every image and read its header, unless remembered; then give it its geometries."""
+    images = Images(skips=list(found.skips))
+    data = settings.data_config
+
+    def inspect(candidate: Candidate) -> Inspection | Skip:
+        known = remembered.find(candidate)
+        if known is not None:
+            return known
+        identity = remembered.identity(candidate.image)
+        result = inspect_image(candidate, data)
+        if isinstance(result, Inspection):
+            remembered.remember(result, identity)
+        return result
+
+    workers = settings.decode_workers
+    with Progress("reading images", len(found.candidates), "files") as progress:
+        for _, result in work_ahead(found.candidates, inspect, workers=workers, ahead=4 * workers):
+            progress.update()
+            if isinstance(result, Skip):
+                images.skips.append(result)
+            else:
+                _add_geometries(images, result, settings, image_multiple)
+    return images
+
+
+def _add_geometries(
+    images: Images, inspection: Inspection, settings: Settings, image_multiple: int
+) -> None:
+    data = settings.data_config
+    geometries: list[Geometry] = []
+    refused: list[Skip] = []
+    for img_size in sorted(set(data.img_size)):
+        made = make_geometries(inspection, data, img_size, image_multiple, settings.seed)
+        if isinstance(made, Skip):
+            refused.append(made)
+        else:
+            geometries += made
+    if geometries:
+        images.files.append((inspection, tuple(geometries)))
+        images.partial += refused[:1]
+    else:
+        images.skips += refused[:1]
+
+
+def remembered_rules(settings: Settings) -> dict[str, Any]:
+    """The settings on which it depends whether an image is accepted by its header."""
+    data = settings.data_config
+    return {"max_pixels": data.max_pixels, "animated": data.animated}
+
+
+def name_samples(images: Images, fingerprint: Fingerprint) -> Wanted:
+    return list_wanted(images.files, fingerprint)
+
+
+def plan_shards(
+    samples: Sequence[WantedSample], model: ModelFolder, settings: Settings
+) -> list[ShardPlan]:
+    """The work list of samples that are not in the set, cut into shards. Loads only the tokenizer."""
+    if not samples:
+        return []
+    counts = count_tokens((text for sample in samples for text in sample.captions), model)
+    predictor = BytePredictor(model, settings)
+    return cut(make_work_items(samples, counts, predictor), settings)
+
+
+def cut(items: Sequence[Any], settings: Settings) -> list[ShardPlan]:
+    return cut_shards(
+        items,
+        max_bytes=settings.shard_max_mib << 20,
+        max_samples=settings.shard_max_samples or shard_samples_limit(len(items)),
+        frame_bytes=TAR_END_BYTES,
+    )
+
+
+def count_tokens(captions: Iterable[str], model: ModelFolder) -> Mapping[str, TokenCount]:
+    unique = list(dict.fromkeys(captions))
+    tokenizer = model.family.load_tokenizer(model)
+    counts: dict[str, TokenCount] = {}
+    with Progress("counting tokens", len(unique), "captions") as progress:
+        for start in range(0, len(unique), CAPTIONS_AT_ONCE):
+            some = unique[start : start + CAPTIONS_AT_ONCE]
+            counts.update(zip(some, tokenizer.count(some), strict=True))
+            progress.update(len(some))
+    return counts
+
+
+def needed_bytes(shards: Iterable[ShardPlan], sequential: bool) -> int:
+    """Disk space of planned shards and their sidecars, and of the embeddings that wait between the
+    two encoders of a sequential run."""
+    total = 0
+    for shard in shards:
+        records = sum(item.predicted_bytes for item in shard)
+        sidecar = 2048 + 1024 * len(shard)
+        total += TAR_END_BYTES + records * (2 if sequential else 1) + sidecar
+    return total
+
+
+def bucket_lines(shards: Iterable[ShardPlan]) -> list[str]:
+    """One line a bucket, largest first: size and number of samples."""
+    counts: dict[tuple[int, int], int] = {}
+    for shard in shards:
+        for item in shard:
+            counts[item.geometry.bucket] = counts.get(item.geometry.bucket, 0) + 1
+    ordered = sorted(counts.items(), key=lambda each: (-each[0][0] * each[0][1], each[0]))
+    return [f"  {height:5d} x {width:<5d} {count:8d}" for (height, width), count in ordered]

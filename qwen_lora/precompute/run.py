@@ -1,0 +1,151 @@
+"""Stage 1 from beginning to end: a folder of captioned images becomes a shard set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.hashing import canonical_json
+from qwen_lora.models import ModelFolder, resolve_model
+from qwen_lora.posix import exclusive_lock, write_atomic
+from qwen_lora.precompute.order import (
+    Order,
+    entry_from_json,
+    entry_to_json,
+    failures_from_json,
+    failures_to_json,
+)
+from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS
+from qwen_lora.precompute.report import PrecomputeSummary
+from qwen_lora.precompute.stopping import stop_on_signals
+from qwen_lora.precompute.world import World
+from qwen_lora.progress import Progress
+
+if TYPE_CHECKING:
+    from qwen_lora.precompute.encode import Encoded, Station
+
+
+def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
+    """Encode what is missing of a dataset into the shard set `settings.shards_dir`.
+
+    Prints progress to stderr and a summary to stdout. Under `accelerate launch` or torchrun all
+    processes call it and get the same summary. A bad image is reported and left out; `dry_run` only
+    tells what would be done and writes nothing.
+    Raises InputError (settings, dataset, model, another set in the folder, too little space), Stopped
+    (a signal; finished shards are kept) and QwenLoraError (another process failed, disk errors).
+    """
+    if dry_run:
+        from qwen_lora.precompute.dry_run import preview
+
+        return preview(settings)
+    world = World.from_environment()
+    with stop_on_signals(), world.guard():
+        model = _resolve(settings, world)
+        with _locked(settings, world) as local:
+            if world.first:
+                from qwen_lora.precompute.lead import Lead
+
+                lead = Lead(settings, model, local)
+                order = lead.plan()
+                world.share(order.to_json())
+            else:
+                order = Order.from_json(world.share())
+            done, station = _encode(order, settings, model, local, world)
+            answers = world.gather(_answer(done))
+            if world.first:
+                summary = lead.publish(_join(done, answers), station)
+                world.share(asdict(summary))
+            else:
+                summary = PrecomputeSummary(**world.share())
+            world.gather(None)  # rank 0 keeps the store open until all have heard
+    if world.first:
+        print("\n".join(summary.lines()), flush=True)
+    return summary
+
+
+def _resolve(settings: Settings, world: World) -> ModelFolder:
+    """Rank 0 first: it may download, and the others find it in the cache."""
+    name = settings.pretrained_model_name_or_path or DEFAULT_MODEL
+    if world.first:
+        model = resolve_model(name, ENCODER_PARTS)
+        world.share(True)
+        return model
+    world.share()
+    return resolve_model(name, ENCODER_PARTS)
+
+
+@contextmanager
+def _locked(settings: Settings, world: World) -> Iterator[Path]:
+    """SHARDS/.local, held by rank 0 for all; what a killed run left in it is swept."""
+    folder = settings.shards_dir
+    local = folder / ".local"
+    if not world.first:
+        yield local
+        return
+    local.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(local / "lock", f"the shard set {folder}"):
+        for stale in local.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)
+        write_atomic(local / "settings.json", canonical_json(settings.model_dump(mode="json")))
+        yield local
+
+
+def _encode(
+    order: Order, settings: Settings, model: ModelFolder, local: Path, world: World
+) -> tuple[Encoded, Station]:
+    """This rank's shards. Without any, no encoder is loaded."""
+    from qwen_lora.precompute.encode import Encoded, Share, Station, encode_share
+    from qwen_lora.precompute.encoders import Encoders, encoding_mode, pick_device, placement_on
+
+    device = pick_device(world.local_rank)
+    placement = placement_on(device, model, settings)
+    station = Station(
+        folder=settings.shards_dir,
+        local=local,
+        settings=settings,
+        fingerprint=order.fingerprint,
+        made_by=order.made_by,
+        encoders=Encoders(model, settings, device, placement, quiet=not world.first),
+        check=world.check,
+    )
+    share = Share(
+        shards=order.shards[world.rank :: world.size],
+        known_failures=order.known_failures,
+        unconditional=order.unconditional and world.first,
+    )
+    if not share.shards:
+        return Encoded(), station
+    total = sum(map(len, share.shards))
+    with (
+        encoding_mode(settings.encode_threads),
+        Progress("encoding", total, "samples", quiet=not world.first) as progress,
+    ):
+        return encode_share(share, station, progress), station
+
+
+def _answer(done: Encoded) -> dict[str, Any]:
+    return {
+        "entries": [entry_to_json(entry) for entry in done.entries],
+        "sample_ids": done.sample_ids,
+        "failures": failures_to_json(done.failures),
+    }
+
+
+def _join(done: Encoded, answers: list[dict[str, Any]]) -> Encoded:
+    """All ranks' work as one; the unconditional embedding is rank 0's own."""
+    from qwen_lora.precompute.encode import Encoded
+
+    joined = Encoded(unconditional=done.unconditional)
+    for answer in answers:
+        joined.entries += [entry_from_json(entry) for entry in answer["entries"]]
+        joined.sample_ids += answer["sample_ids"]
+        joined.failures.update(failures_from_json(answer["failures"]))
+    return joined
+
+
+__all__ = ["PrecomputeSummary", "precompute", "sys"]
