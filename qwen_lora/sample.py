@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qwen_lora.errors import InputError, QwenLoraError
@@ -327,3 +328,13 @@ def _save(image: Image.Image, path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+class _Callable(ModuleType):
+    """`qwen_lora.sample(...)`: the public function and this module share their name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Path:
+        return sample(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
