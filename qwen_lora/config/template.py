@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +16,7 @@ from qwen_lora.config.names import SECTION, fields, setting_facts, value_of
 from qwen_lora.config.schema import DataConfig, Settings
 
 WIDTH = 100
+_PLAIN = re.compile(r"[\w./+](?:[\w ./+=()-]*[\w./+=()-])?")
 # What nearly everyone sets; the other keys stand as comments.
 _LIVE = frozenset(
     [
@@ -113,8 +116,9 @@ def yaml_text(value: Any) -> str:
         text = repr(value)
         return text.replace("e-0", "e-")
     text = value.as_posix() if isinstance(value, Path) else str(value)
-    plain = text and text.strip() == text and not set(text) & set("#:{}[],&*!|>'\"%@`\n")
-    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if _PLAIN.fullmatch(text) and text.lower() != "null":
+        return text
+    return json.dumps(text, ensure_ascii=False)  # a JSON text is a YAML text
 
 
 def describe(command: Command, settings: Settings) -> str:
