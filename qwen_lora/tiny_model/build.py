@@ -84,8 +84,8 @@ def make_transformer() -> Any:
         axes_dims_rope=(8, 12, 12),
     ).eval()
     with torch.no_grad():
-        # Default weights leave a block's gates near zero, so that blocks hardly count. Trained gates
-        # let them through. The layer's output: shift, scale, gate for attention, then for the MLP.
+        # Default weights leave a block's gates near zero, so that blocks hardly count; trained
+        # gates let them through. The layer makes shift, scale, gate, for attention and for the MLP.
         for block in transformer.transformer_blocks:
             for modulation in (block.img_mod[1], block.txt_mod[1]):
                 modulation.bias[2 * width : 3 * width] += 1

@@ -127,6 +127,9 @@ def quantize_linears(module: torch.nn.Module, kind: str, dtype: torch.dtype) -> 
             new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
         elif kind == "nf4":
             new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+            # On CPUs with AVX512-BF16 a pass without gradients would repack the weights for
+            # inference, for good; later gradients could no longer flow through them.
+            new.support_avx512bf16_for_cpu = False
         else:
             raise InputError(f"unknown quantization {kind!r}; known: {', '.join(QUANTIZATIONS)}")
         new.quantization = kind
