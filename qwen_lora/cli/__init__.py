@@ -43,7 +43,6 @@ def _said_by_another(error: QwenLoraError) -> bool:
 
 app = typer.Typer(
     cls=ExitCodes,
-    help="Train LoRA adapters for Qwen-Image in two stages: cache once, then train lean.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -70,7 +69,7 @@ def _options(
     \b
     qwen-lora precompute photos
     qwen-lora train
-    qwen-lora sample --lora output/lora.safetensors --prompt "a red boat"
+    qwen-lora sample --lora output/lora.safetensors --prompt "a red boat" --output boat.png
     """
 
 
