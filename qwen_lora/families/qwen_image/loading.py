@@ -124,7 +124,8 @@ def quantize_linears(module: torch.nn.Module, kind: str, dtype: torch.dtype) -> 
             continue
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         if kind == "int8":
-            new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+            # 6.0 as in the paper: activations beyond it keep 16 bits.
+            new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
         elif kind == "nf4":
             new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
             # On CPUs with AVX512-BF16 a pass without gradients would repack the weights for
