@@ -9,15 +9,15 @@ from qwen_lora.config.schema import DataConfig, Settings
 
 
 @pytest.fixture
-def make_settings(
-    tiny_model: Path, image_folder: Path, tmp_path: Path
-) -> Callable[..., Settings]:
+def make_settings(tiny_model: Path, image_folder: Path, tmp_path: Path) -> Callable[..., Settings]:
     """`make_settings(data={...}, **settings)`: shards of 4 samples, batches of 2 and 3."""
 
     def make(data: dict | None = None, **changes: object) -> Settings:
         facts = {
             "pretrained_model_name_or_path": str(tiny_model),
-            "data_config": DataConfig(**{"img_dir": image_folder, "img_size": [96], **(data or {})}),
+            "data_config": DataConfig(
+                **{"img_dir": image_folder, "img_size": [96], **(data or {})}
+            ),
             "shards_dir": tmp_path / "shards",
             "encode_threads": 1,
             "decode_workers": 2,

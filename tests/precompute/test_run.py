@@ -324,9 +324,7 @@ def test_another_model_is_refused(make_settings, dataset, tiny_model, tmp_path):
         precompute(make_settings({"img_dir": dataset}, pretrained_model_name_or_path=str(other)))
 
 
-def test_too_little_space_is_said_before_a_model_is_loaded(
-    make_settings, no_encoders, monkeypatch
-):
+def test_too_little_space_is_said_before_a_model_is_loaded(make_settings, no_encoders, monkeypatch):
     monkeypatch.setattr("qwen_lora.precompute.lead.free_space", lambda folder: 1000)
     no_encoders()
     with pytest.raises(InputError, match=r"need .* MiB but .* 0.0 MiB free"):

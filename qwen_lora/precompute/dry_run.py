@@ -1,0 +1,104 @@
+"""What a run would do, told without an encoder, a lock or a written byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
+from qwen_lora.models import ModelFolder, resolve_model
+from qwen_lora.precompute import plan as planning
+from qwen_lora.precompute.existing import ExistingSet
+from qwen_lora.precompute.fingerprint import check_recipe, make_recipe
+from qwen_lora.precompute.remembered import RememberedSources
+from qwen_lora.precompute.report import (
+    Outcome,
+    PrecomputeSummary,
+    printable,
+    sort_files,
+    summarize,
+)
+from qwen_lora.precompute.write import check_space, free_space, mib
+from qwen_lora.shards.format import Fingerprint
+
+SHOWN_FILES = 50
+
+
+def preview(settings: Settings) -> PrecomputeSummary:
+    """Print buckets, samples, bytes needed and free, and bad files.
+
+    Only the tokenizer is loaded. Bad files are those whose name, caption or header tells; damage in
+    the pixels shows when they are decoded. Raises InputError when there is too little space.
+    """
+    folder = settings.shards_dir
+    model = light_model(settings)
+    existing = ExistingSet.load(folder)
+    recipe = make_recipe(settings)
+    if existing.manifest is None:
+        # Sample ids only serve to tell records apart here, so no weight has to be hashed.
+        fingerprint = Fingerprint(model.family.name, {}, {})
+    else:
+        fingerprint = existing.manifest.fingerprint
+        check_recipe(existing.manifest, recipe, folder)
+    remembered = RememberedSources(
+        folder / ".local" / "sources.json", planning.remembered_rules(settings)
+    )
+    images = planning.accept_images(
+        planning.scan(settings), settings, model.family.image_multiple, remembered
+    )
+    wanted = planning.name_samples(images, fingerprint)
+    missing = [
+        sample for sample_id, sample in wanted.samples.items() if sample_id not in existing.sources
+    ]
+    shards = planning.plan_shards(missing, model, settings)
+    outcome = sort_files(
+        images.skips,
+        wanted.files,
+        wanted.twins,
+        live_before=existing.sources,
+        written_ids={sample.sample_id for sample in missing},
+        failures={},
+    )
+    _print_bad_files(outcome)
+    print(f"{len(missing)} samples to encode in {len(shards)} shards, by height x width:")
+    for line in planning.bucket_lines(shards):
+        print(line)
+    needed = planning.needed_bytes(shards, sequential=False)
+    free = free_space(folder)
+    print(f"{mib(needed)} needed, {mib(free)} free at {folder}")
+    summary = summarize(
+        outcome,
+        max_skip=settings.max_skip,
+        samples=len(existing.sources) + len(missing),
+        samples_written=len(missing),
+        manifest=existing.manifest_name,
+        report=Path("the report of the real run"),
+    )
+    print("\n".join(["a run would end with:", *summary.lines()]))
+    check_space(folder, needed, free)
+    return summary
+
+
+def _print_bad_files(outcome: Outcome) -> None:
+    for skip in outcome.skipped[:SHOWN_FILES]:
+        detail = f" ({printable(skip.detail)})" if skip.detail else ""
+        print(f"{printable(skip.name)}: {skip.reason}{detail}")
+    if len(outcome.skipped) > SHOWN_FILES:
+        print(f"... and {len(outcome.skipped) - SHOWN_FILES} more bad files")
+
+
+def light_model(settings: Settings) -> ModelFolder:
+    """The model with its tokenizer and the text encoder's config, but no weight downloaded."""
+    name = settings.pretrained_model_name_or_path or planning.DEFAULT_MODEL
+    model = resolve_model(name, ["tokenizer"])
+    config = model.path / "text_encoder" / "config.json"
+    if model.revision is not None and not config.is_file():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(model.model_id, "text_encoder/config.json", revision=model.revision)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"model {name}: text_encoder/config.json cannot be had ({error})"
+            ) from None
+    return model
