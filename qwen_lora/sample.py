@@ -111,7 +111,7 @@ def sample_images(
     kinds = [on for on, wanted in ((False, base), (True, lora)) if wanted]
     jobs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
     guided = request.true_cfg_scale > 1
-    with torch.inference_mode():
+    with torch.no_grad():
         conditions = {text: _encode(pipeline, text) for text in dict.fromkeys(request.prompts)}
         negative = _encode(pipeline, request.negative_prompt) if guided else None
         images: dict[bool, list[Any]] = {}
