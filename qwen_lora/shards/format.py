@@ -1,9 +1,9 @@
 """The shard format, version 1, as plain types: ids, records, sidecars, manifests. Imports no torch.
 
-    manifest.json, manifest-<sha256[:12]>.json       a generation: shards, fingerprint, recipe, counts
-    shard-<sha256[:12]>.tar                          plain WebDataset: <sample id>.json + .safetensors
-    shard-<sha256[:12]>.json                         sidecar: one column a fact, one row a sample
-    unconditional-<sha256[:12]>.safetensors          the embedding of " "
+    manifest.json, manifest-<sha256[:12]>.json   a generation: shards, fingerprint, recipe, counts
+    shard-<sha256[:12]>.tar                      plain WebDataset: <sample id>.json + .safetensors
+    shard-<sha256[:12]>.json                     sidecar: one column a fact, one row a sample
+    unconditional-<sha256[:12]>.safetensors      the embedding of " "
 
 Every size and box is [height, width] and [top, left, bottom, right] in pixels.
 """

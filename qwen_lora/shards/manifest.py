@@ -1,0 +1,247 @@
+"""Manifests: what a generation consists of, checked from its own name down."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qwen_lora.errors import InputError, ShardError
+from qwen_lora.hashing import canonical_json, sha256_hex
+from qwen_lora.shards.format import (
+    FORMAT_MAJOR,
+    NAME_HEX,
+    FileEntry,
+    Fingerprint,
+    Manifest,
+    ShardEntry,
+)
+from qwen_lora.shards.safe import parse_json
+from qwen_lora.shards.sidecar import Sidecar, decode_sidecar
+
+MANIFEST = "manifest.json"
+MANIFEST_MAX_BYTES = 256 << 20
+KNOWN_FEATURES: frozenset[str] = frozenset()
+_NAMES = {
+    "tar": r"shard-[0-9a-f]{12}\.tar",
+    "sidecar": r"shard-[0-9a-f]{12}\.json",
+    "unconditional": r"unconditional-[0-9a-f]{12}\.safetensors",
+    "previews": r"previews-[0-9a-f]{12}\.safetensors",
+    "rgb": r"rgb-[0-9a-f]{12}\.json",
+    "retired": r"retired-[0-9a-f]{12}\.json",
+    "previous": r"manifest-[0-9a-f]{12}\.json",
+}
+
+
+def content_name(kind: str, sha256: str, suffix: str) -> str:
+    return f"{kind}-{sha256[:NAME_HEX]}{suffix}"
+
+
+# ---- bytes ---------------------------------------------------------------------------------------
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return canonical_json(asdict(manifest))
+
+
+def decode_manifest(data: bytes, what: str) -> Manifest:
+    """Raises InputError for a format this version does not know, ShardError for anything broken."""
+    value = parse_json(data, what, MANIFEST_MAX_BYTES)
+    if not isinstance(value, dict) or type(value.get("format_major")) is not int:
+        raise ShardError(f"{what}: not a shard set's manifest")
+    _check_version(value, what)
+    try:
+        shards = tuple(
+            ShardEntry(
+                _file(entry["tar"], "tar"), _file(entry["sidecar"], "sidecar"), entry["samples"]
+            )
+            for entry in value["shards"]
+        )
+        fields = {name: value[name] for name in Manifest.__dataclass_fields__ if name in value}
+        for name in ("unconditional", "previews", "rgb", "retired"):
+            fields[name] = None if value[name] is None else _file(value[name], name)
+        if value["previous"] is not None:
+            _check_name(value["previous"], "previous")
+        fields |= {
+            "fingerprint": Fingerprint(**value["fingerprint"]),
+            "shards": shards,
+            "required_features": tuple(value["required_features"]),
+        }
+        manifest = Manifest(**fields)
+        _check_types(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ShardError(f"{what}: not a manifest of format {FORMAT_MAJOR} ({error})") from None
+    return manifest
+
+
+def _check_version(value: dict[str, Any], what: str) -> None:
+    major, minor = value["format_major"], value.get("format_minor")
+    if major != FORMAT_MAJOR:
+        raise InputError(
+            f"{what} has shard format {major}.{minor}; this version reads {FORMAT_MAJOR}.x: "
+            "it needs a newer qwen-lora"
+        )
+    unknown = set(value.get("required_features", ())) - KNOWN_FEATURES
+    if unknown:
+        raise InputError(
+            f"{what} needs {', '.join(sorted(unknown))}, which this version of qwen-lora lacks: "
+            "it needs a newer one"
+        )
+
+
+def _file(value: Any, kind: str) -> FileEntry:
+    entry = FileEntry(**value)
+    _check_name(entry.name, kind)
+    if type(entry.bytes) is not int or entry.bytes < 0 or not _is_sha256(entry.sha256):
+        raise ValueError(f"entry of {entry.name}")
+    if entry.name.split("-")[1][:NAME_HEX] != entry.sha256[:NAME_HEX] and kind != "sidecar":
+        raise ValueError(f"{entry.name} is not named by its content {entry.sha256[:NAME_HEX]}")
+    return entry
+
+
+def _check_name(name: Any, kind: str) -> None:
+    """Only the names this format gives: no path, no URL, no pipe."""
+    if not isinstance(name, str) or not re.fullmatch(_NAMES[kind], name):
+        raise ValueError(f"{name!r} is not the name of a {kind} file")
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _check_types(manifest: Manifest) -> None:
+    naturals = (manifest.latent_channels, manifest.latent_scale, manifest.text_width)
+    if not all(type(number) is int and 0 < number < 1 << 20 for number in naturals):
+        raise ValueError(f"latent channels, latent scale and text width {naturals}")
+    if manifest.posterior not in ("mode", "mean_std"):
+        raise ValueError(f"posterior {manifest.posterior!r}")
+    names = [entry.tar.name for entry in manifest.shards]
+    if any(Path(entry.sidecar.name).stem != Path(entry.tar.name).stem for entry in manifest.shards):
+        raise ValueError("a sidecar that is not named as its shard")
+    if len(set(names)) != len(names):
+        raise ValueError("a shard is listed twice")
+    if not all(type(entry.samples) is int and entry.samples > 0 for entry in manifest.shards):
+        raise ValueError("a shard without samples")
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def load_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
+    """A generation and the name of its own file `manifest-<hash>.json`.
+
+    Raises InputError when there is no shard set or the asked generation is gone, ShardError when a
+    manifest's bytes are not those its name promises.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no shard set at {folder}: run `qwen-lora precompute` or name its folder")
+    path = folder / name
+    if not path.is_file():
+        found = "an unfinished precompute" if any(folder.glob("shard-*.tar")) else "no manifest"
+        raise InputError(
+            f"{folder} holds {found} ({name} is missing): run `qwen-lora precompute` to the end"
+        )
+    data = path.read_bytes()
+    generation = content_name("manifest", sha256_hex(data), ".json")
+    if name != MANIFEST and name != generation:
+        raise ShardError(f"{path} is damaged: its content belongs to {generation}")
+    manifest = decode_manifest(data, str(path))
+    if name == MANIFEST and not (folder / generation).is_file():
+        raise ShardError(
+            f"{path} is damaged or was edited: there is no {generation}, which it is a copy of; "
+            "restore it from the newest manifest-*.json"
+        )
+    return manifest, generation
+
+
+def read_listed(folder: Path, entry: FileEntry) -> bytes:
+    """A small listed file (sidecar, unconditional, ...), checked against its hash."""
+    path = folder / entry.name
+    try:
+        if path.stat().st_size != entry.bytes:
+            raise ShardError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
+                "copy it again from its source"
+            )
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; copy it again from its source") from None
+    if sha256_hex(data) != entry.sha256:
+        raise ShardError(
+            f"{path} is damaged: sha256 {sha256_hex(data)[:NAME_HEX]}, the manifest says "
+            f"{entry.sha256[:NAME_HEX]}; copy it again from its source"
+        )
+    return data
+
+
+def read_sidecar(folder: Path, entry: ShardEntry) -> Sidecar:
+    """A shard's sidecar, checked against the manifest's hash and count."""
+    sidecar = decode_sidecar(read_listed(folder, entry.sidecar), str(folder / entry.sidecar.name))
+    if len(sidecar.rows) != entry.samples:
+        raise ShardError(
+            f"{folder / entry.sidecar.name}: {len(sidecar.rows)} samples, the manifest says "
+            f"{entry.samples}"
+        )
+    return sidecar
+
+
+def read_retired(folder: Path, manifest: Manifest) -> frozenset[str]:
+    """Ids of samples that are in the shards but no longer live."""
+    if manifest.retired is None:
+        return frozenset()
+    value = parse_json(read_listed(folder, manifest.retired), manifest.retired.name, 1 << 30)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ShardError(f"{manifest.retired.name}: not a list of sample ids")
+    return frozenset(value)
+
+
+# ---- making --------------------------------------------------------------------------------------
+
+
+def summarize_rows(
+    sidecars: Iterable[tuple[ShardEntry, Sidecar]], retired: frozenset[str] = frozenset()
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """`counts` and `histograms` of a manifest, over live samples; bytes are of whole shards."""
+    buckets: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    groups: Counter[str] = Counter()
+    images: set[str] = set()
+    counts = {"samples": 0, "images": 0, "captions": 0, "retired": 0, "bytes": 0}
+    for entry, sidecar in sidecars:
+        counts["bytes"] += entry.tar.bytes + entry.sidecar.bytes
+        for row in sidecar.rows:
+            if row.sample_id in retired:
+                counts["retired"] += 1
+                continue
+            counts["samples"] += 1
+            counts["captions"] += len(row.token_counts)
+            images.add(row.source_sha256)
+            buckets[f"{row.bucket[0]}x{row.bucket[1]}"] += 1
+            groups[row.group] += 1
+            tokens.update(str(count) for count in row.token_counts)
+    counts["images"] = len(images)
+    histograms = {"buckets": dict(buckets), "tokens": dict(tokens), "groups": dict(groups)}
+    return counts, histograms
+
+
+def fingerprint_difference(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """One line a differing field: `text.max_tokens: 1024 -> 512`."""
+    lines: list[str] = []
+
+    def walk(path: str, left: Any, right: Any) -> None:
+        if isinstance(left, dict) and isinstance(right, dict):
+            for key in sorted({*left, *right}):
+                walk(f"{path}.{key}" if path else key, left.get(key), right.get(key))
+        elif left != right:
+            lines.append(f"{path}: {_short(left)} -> {_short(right)}")
+
+    walk("", asdict(old), asdict(new))
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

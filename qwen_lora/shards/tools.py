@@ -1,0 +1,110 @@
+"""`qwen-lora shards info` and `list`: what a set holds, told without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qwen_lora.shards.format import Manifest
+from qwen_lora.shards.manifest import load_manifest, read_sidecar
+from qwen_lora.shards.reader import ShardSet
+
+_SHOWN = 12  # lines of a histogram
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """Counts, buckets, tokens, bytes, fingerprints and makers of a set, as JSON values.
+
+    Reads the manifest and one sidecar. Raises InputError or ShardError as `load_manifest` does.
+    """
+    folder = Path(path)
+    manifest, generation = load_manifest(folder)
+    first = read_sidecar(folder, manifest.shards[0]) if manifest.shards else None
+    return {
+        "path": str(path),
+        "generation": generation,
+        "format": f"{manifest.format_major}.{manifest.format_minor}",
+        "model": manifest.model,
+        "counts": manifest.counts,
+        "shards": len(manifest.shards),
+        "histograms": manifest.histograms,
+        "recipe": manifest.recipe,
+        "posterior": manifest.posterior,
+        "latent_channels": manifest.latent_channels,
+        "text_width": manifest.text_width,
+        "fingerprint": asdict(manifest.fingerprint)
+        | {
+            "hash": manifest.fingerprint.hash,
+            "vae_hash": manifest.fingerprint.vae_hash,
+            "text_hash": manifest.fingerprint.text_hash,
+        },
+        "made_by": first.made_by if first else {},
+    }
+
+
+def format_info(facts: dict[str, Any]) -> str:
+    """`info` for a person."""
+    counts, histograms = facts["counts"], facts["histograms"]
+    model = facts["model"]
+    revision = f"@{model['revision']}" if model.get("revision") else ""
+    lines = [
+        f"shard set    {facts['path']} (format {facts['format']}, {facts['generation']})",
+        f"model        {model.get('id')}{revision}, family {facts['fingerprint']['family']}",
+        f"samples      {counts['samples']} of {counts['images']} images, "
+        f"{counts['captions']} captions, {counts['retired']} retired",
+        f"size         {counts['bytes'] / (1 << 20):.1f} MiB in {facts['shards']} shards",
+        f"fingerprint  {facts['fingerprint']['hash'][:12]} (VAE "
+        f"{facts['fingerprint']['vae_hash'][:12]}, text {facts['fingerprint']['text_hash'][:12]})",
+        f"tokens       {_token_line(histograms['tokens'])}",
+        "made by      " + ", ".join(f"{k} {v}" for k, v in sorted(facts["made_by"].items())),
+        "recipe       " + ", ".join(f"{k} {v}" for k, v in sorted(facts["recipe"].items())),
+    ]
+    lines += _histogram("buckets", histograms["buckets"])
+    if set(histograms["groups"]) - {""}:
+        lines += _histogram("groups", histograms["groups"])
+    return "\n".join(lines)
+
+
+def _token_line(tokens: dict[str, int]) -> str:
+    lengths = sorted((int(length), count) for length, count in tokens.items())
+    if not lengths:
+        return "none"
+    half, seen, median = sum(count for _, count in lengths) / 2, 0, lengths[-1][0]
+    for length, count in lengths:
+        seen += count
+        if seen >= half:
+            median = length
+            break
+    return f"{lengths[0][0]} to {lengths[-1][0]}, median {median}"
+
+
+def _histogram(title: str, counts: dict[str, int]) -> list[str]:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    lines = [f"{title:<12} {len(ordered)}"]
+    lines += [f"  {name or '(top)':<18} {count}" for name, count in ordered[:_SHOWN]]
+    if len(ordered) > _SHOWN:
+        lines.append(f"  and {len(ordered) - _SHOWN} more")
+    return lines
+
+
+def list_samples(path: str | Path) -> Iterator[dict[str, Any]]:
+    """One dict a live sample, hashes checked: ids, bucket, tokens, shard, and the JSON member."""
+    with ShardSet.open(path) as shards:
+        table = shards.table
+        for row in range(len(table)):
+            yield {
+                "sample_id": table.sample_id[row],
+                "latent_id": table.latent_id[row],
+                "shard": shards.manifest.shards[int(table.shard[row])].tar.name,
+                "token_counts": list(table.tokens_of(row)),
+                **asdict(shards.read_meta(row)),
+            }
+
+
+def shard_urls(path: str | Path) -> list[str]:
+    """The tar files of the newest generation, as plain webdataset takes them."""
+    folder = Path(path)
+    manifest: Manifest = load_manifest(folder)[0]
+    return [str(folder / entry.tar.name) for entry in manifest.shards]

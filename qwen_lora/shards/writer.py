@@ -1,0 +1,325 @@
+"""Publishing: shards, sidecars, the unconditional embedding, manifests. Whole or absent, always.
+
+Everything is written to `.local/` first, fsynced, and then given its content name, which can only
+replace equal bytes. The bytes depend on the samples alone: no clock, user, host or folder in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from qwen_lora.errors import ShardError
+from qwen_lora.hashing import canonical_json, sha256_file, sha256_hex
+from qwen_lora.posix import publish_file, temporary_file, write_atomic
+from qwen_lora.shards.format import FileEntry, Fingerprint, Manifest, RecordMeta, ShardEntry
+from qwen_lora.shards.manifest import (
+    MANIFEST,
+    content_name,
+    decode_manifest,
+    encode_manifest,
+    read_retired,
+    read_sidecar,
+    summarize_rows,
+)
+from qwen_lora.shards.record import encode_meta, encode_record
+from qwen_lora.shards.sidecar import (
+    BLOCK,
+    MEMBERS,
+    MemberEntry,
+    Sidecar,
+    SidecarRow,
+    canonical_header,
+    decode_sidecar,
+    encode_sidecar,
+    padded,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+LOCAL = ".local"
+_TEMPORARY = "shard-part-"
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A finished record on its way into a shard; tensors in stored dtypes, on the CPU."""
+
+    sample_id: str
+    latent_id: str
+    text_ids: tuple[str, ...]
+    token_counts: tuple[int, ...]
+    meta: RecordMeta
+    tensors: dict[str, torch.Tensor]
+
+
+def predicted_record_bytes(
+    meta: RecordMeta, tensors: dict[str, tuple[str, tuple[int, ...]]]
+) -> int:
+    """Exact bytes of a record in its tar, headers and padding included, before it is encoded.
+
+    tensors: name -> (safetensors dtype, shape), as `RecordShape.tensors` gives them.
+    """
+    from qwen_lora.shards.safe import DTYPE_BYTES
+
+    header: dict[str, Any] = {}
+    position = 0
+    # safetensors lays out by descending alignment, then by name.
+    for name in sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        size = DTYPE_BYTES[dtype]
+        for side in shape:
+            size *= side
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    length = len(canonical_json(header))
+    members = (len(encode_meta(meta)), 8 + -(-length // 8) * 8 + position)
+    return sum(BLOCK + padded(size) for size in members)
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+
+def write_shard(
+    folder: Path,
+    samples: Iterable[EncodedSample],
+    fingerprint: Fingerprint,
+    made_by: dict[str, Any],
+) -> ShardEntry:
+    """Publish one shard and its sidecar. Samples come in sample-id order, at least one."""
+    local = _local(folder)
+    rows: list[SidecarRow] = []
+    with temporary_file(local, _TEMPORARY) as (file, path):
+        hashed = _HashingFile(file)
+        _write_tar(hashed, samples, rows)
+    if not rows:
+        path.unlink()
+        raise ValueError("a shard needs at least one sample")
+    _check_layout(path, rows)
+    sha256 = hashed.digest.hexdigest()
+    tar = FileEntry(content_name("shard", sha256, ".tar"), hashed.position, sha256)
+    data = encode_sidecar(Sidecar(fingerprint, made_by, tuple(rows)))
+    decode_sidecar(data, "new sidecar")  # what is published can be read: ids, order, layout
+    publish_file(path, folder / tar.name)
+    sidecar = FileEntry(content_name("shard", sha256, ".json"), len(data), sha256_hex(data))
+    write_atomic(folder / sidecar.name, data, local)
+    return ShardEntry(tar, sidecar, len(rows))
+
+
+def _write_tar(
+    file: _HashingFile, samples: Iterable[EncodedSample], rows: list[SidecarRow]
+) -> None:
+    import webdataset as wds
+
+    # encoder=False: bytes only, no pickling encoder can be reached. An integer mtime keeps PAX
+    # headers out; with a float each member would carry one.
+    writer = wds.TarWriter(
+        file, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
+    )
+    begin = 0
+    try:
+        for sample in samples:
+            members = dict(zip(MEMBERS, encode_record(sample.meta, sample.tensors), strict=True))
+            writer.write({"__key__": sample.sample_id, **members})
+            rows.append(_row(sample, members, begin))
+            begin = rows[-1].end
+    finally:
+        writer.close()
+
+
+def _check_layout(path: Path, rows: Sequence[SidecarRow]) -> None:
+    """Raises ShardError unless webdataset laid the tar out as the sidecar says."""
+    with open(path, "rb") as file:
+        for row in rows:
+            for name in MEMBERS:
+                entry: MemberEntry = getattr(row, name)
+                file.seek(entry.offset - BLOCK)
+                if file.read(BLOCK) != canonical_header(f"{row.sample_id}.{name}", entry.bytes):
+                    raise ShardError(
+                        f"sample {row.sample_id}: this version of webdataset or Python writes tar "
+                        "headers that the format does not allow"
+                    )
+
+
+def _row(sample: EncodedSample, members: dict[str, bytes], begin: int) -> SidecarRow:
+    entries = {}
+    for name, data in members.items():
+        entries[name] = MemberEntry(begin + BLOCK, len(data), sha256_hex(data))
+        begin += BLOCK + padded(len(data))
+    return SidecarRow(
+        sample_id=sample.sample_id,
+        latent_id=sample.latent_id,
+        text_ids=tuple(sample.text_ids),
+        source_sha256=sample.meta.source_sha256,
+        group=sample.meta.group,
+        bucket=sample.meta.bucket,
+        token_counts=tuple(sample.token_counts),
+        json=entries["json"],
+        safetensors=entries["safetensors"],
+    )
+
+
+class _HashingFile:
+    """The file object that the tar is written to: counts and hashes on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.position = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.position
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The temporary is closed by its owner."""
+
+
+def sweep_temporaries(folder: Path) -> int:
+    """Remove what killed writers left in `.local/`; call it while holding the set's lock."""
+    stale = [*_local(folder).glob(f"{_TEMPORARY}*.tmp"), *_local(folder).glob(".*.tmp")]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+def adoptable_shards(
+    folder: Path, fingerprint: Fingerprint, listed: frozenset[str] = frozenset()
+) -> list[tuple[ShardEntry, Sidecar]]:
+    """Whole shards with this fingerprint that are not among `listed` (tar names of a manifest).
+
+    Each is checked whole: the tar against its name, the sidecar's rows against the tar. A tar whose
+    sidecar is missing, or that is damaged, is left alone; the same bytes come again under its name.
+    """
+    found = []
+    for path in sorted(folder.glob("shard-*.tar")):
+        side = path.with_suffix(".json")
+        if path.name in listed or not side.is_file():
+            continue
+        sha256 = sha256_file(path)
+        data = side.read_bytes()
+        try:
+            sidecar = decode_sidecar(data, side.name)
+            check_members(path, sidecar)
+        except ShardError:
+            continue
+        if path.name != content_name("shard", sha256, ".tar") or not sidecar.rows:
+            continue
+        if sidecar.fingerprint.hash != fingerprint.hash:
+            continue
+        tar = FileEntry(path.name, path.stat().st_size, sha256)
+        entry = FileEntry(side.name, len(data), sha256_hex(data))
+        found.append((ShardEntry(tar, entry, len(sidecar.rows)), sidecar))
+    return found
+
+
+def check_members(path: Path, sidecar: Sidecar) -> None:
+    """Raises ShardError unless every member's bytes in the tar have the sidecar's hash."""
+    with open(path, "rb") as file:
+        for row in sidecar.rows:
+            for entry in (row.json, row.safetensors):
+                file.seek(entry.offset)
+                if sha256_hex(file.read(entry.bytes)) != entry.sha256:
+                    raise ShardError(f"{path.name}: sample {row.sample_id} is damaged")
+
+
+# ---- the other files -----------------------------------------------------------------------------
+
+
+def write_unconditional(
+    folder: Path, prompt_embeds: torch.Tensor, prompt_mask: torch.Tensor
+) -> FileEntry:
+    """Publish the embedding of the empty prompt: [T, D] bfloat16 and [T] bool."""
+    from safetensors.torch import save
+
+    data = save(
+        {"prompt_embeds.0": prompt_embeds.contiguous(), "prompt_mask.0": prompt_mask.contiguous()}
+    )
+    return write_listed(folder, "unconditional", data, ".safetensors")
+
+
+def write_retired(folder: Path, sample_ids: Iterable[str]) -> FileEntry | None:
+    """Publish the list of retired samples; None when it is empty."""
+    names = sorted(set(sample_ids))
+    return write_listed(folder, "retired", canonical_json(names), ".json") if names else None
+
+
+def write_listed(folder: Path, kind: str, data: bytes, suffix: str) -> FileEntry:
+    """Publish a small file under its content name."""
+    sha256 = sha256_hex(data)
+    entry = FileEntry(content_name(kind, sha256, suffix), len(data), sha256)
+    write_atomic(folder / entry.name, data, _local(folder))
+    return entry
+
+
+def publish_manifest(folder: Path, manifest: Manifest) -> str:
+    """Publish a generation and point `manifest.json` at it; returns the generation's name."""
+    data = encode_manifest(manifest)
+    decode_manifest(data, "new manifest")
+    entry = write_listed(folder, "manifest", data, ".json")
+    write_atomic(folder / MANIFEST, data, _local(folder))
+    return entry.name
+
+
+def build_manifest(
+    folder: Path,
+    *,
+    shards: Sequence[ShardEntry],
+    fingerprint: Fingerprint,
+    latent_channels: int,
+    latent_scale: int,
+    text_width: int,
+    posterior: str,
+    model: dict[str, Any],
+    recipe: dict[str, Any],
+    unconditional: FileEntry,
+    retired: FileEntry | None = None,
+    previous: str | None = None,
+    on_shard: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """A manifest over published shards, in name order, with counts and histograms from sidecars."""
+    ordered = tuple(sorted(shards, key=lambda entry: entry.tar.name))
+    draft = Manifest(
+        fingerprint=fingerprint,
+        latent_channels=latent_channels,
+        latent_scale=latent_scale,
+        text_width=text_width,
+        posterior=posterior,
+        model=model,
+        recipe=recipe,
+        shards=ordered,
+        unconditional=unconditional,
+        counts={},
+        histograms={},
+        retired=retired,
+        previous=previous,
+    )
+
+    def sidecars() -> Iterable[tuple[ShardEntry, Sidecar]]:
+        for entry in ordered:
+            yield entry, read_sidecar(folder, entry)
+            on_shard()
+
+    counts, histograms = summarize_rows(sidecars(), read_retired(folder, draft))
+    return Manifest(**{**draft.__dict__, "counts": counts, "histograms": histograms})
+
+
+def _local(folder: Path) -> Path:
+    local = folder / LOCAL
+    local.mkdir(parents=True, exist_ok=True)
+    return local
