@@ -47,9 +47,7 @@ def preview(settings: Settings) -> PrecomputeSummary:
         planning.scan(settings), settings, model.family.image_multiple, remembered
     )
     wanted = planning.name_samples(images, fingerprint)
-    missing = [
-        sample for sample_id, sample in wanted.samples.items() if sample_id not in existing.sources
-    ]
+    missing = planning.missing_samples(wanted, existing.sources)
     shards = planning.plan_shards(missing, model, settings)
     outcome = sort_files(
         images.skips,

@@ -21,6 +21,7 @@ from qwen_lora.precompute.ahead import work_ahead
 from qwen_lora.precompute.encoders import Encoders
 from qwen_lora.precompute.fingerprint import LATENT_DTYPE
 from qwen_lora.precompute.images import DecodeError, decode_image
+from qwen_lora.precompute.plan import record_meta
 from qwen_lora.precompute.texts import (
     StoredText,
     Texts,
@@ -29,13 +30,12 @@ from qwen_lora.precompute.texts import (
     encode_captions,
 )
 from qwen_lora.precompute.types import Skip, WorkItem
-from qwen_lora.precompute.worklist import ShardPlan, encoded_captions
+from qwen_lora.precompute.worklist import ShardPlan
 from qwen_lora.precompute.write import BackgroundWriter
 from qwen_lora.progress import Progress
 from qwen_lora.shards.format import (
     UNCONDITIONAL_CAPTION,
     Fingerprint,
-    RecordMeta,
     ShardEntry,
 )
 from qwen_lora.shards.writer import EncodedSample
@@ -251,27 +251,10 @@ def _build_samples(
             EncodedSample(
                 sample_id=item.sample_id,
                 latent_id=item.latent_id,
-                text_ids=list(item.text_ids),
-                token_counts=list(item.token_counts),
-                meta=record_meta(item, settings),
+                text_ids=item.text_ids,
+                token_counts=item.token_counts,
+                meta=record_meta(item.inspection, item.geometry, item.truncated_tokens, settings),
                 tensors=tensors,
             )
         )
     return samples
-
-
-def record_meta(item: WorkItem, settings: Settings) -> RecordMeta:
-    """The JSON member; names and captions only as the settings allow."""
-    inspection, geometry = item.inspection, item.geometry
-    candidate = inspection.candidate
-    return RecordMeta(
-        captions=list(encoded_captions(candidate)) if settings.captions_in_shards else None,
-        source=candidate.image.name if settings.source_names else None,
-        source_sha256=inspection.source_sha256,
-        original_size=inspection.original_size,
-        crop_box=geometry.crop_box,
-        flipped=geometry.flipped,
-        bucket=geometry.bucket,
-        truncated_tokens=list(item.truncated_tokens),
-        group=candidate.group,
-    )

@@ -7,8 +7,8 @@ from pathlib import Path
 from qwen_lora.config.schema import Settings
 from qwen_lora.models import ModelFolder
 from qwen_lora.precompute import plan as planning
-from qwen_lora.precompute.encode import Encoded, Station
-from qwen_lora.precompute.encoders import pick_device, placement_on
+from qwen_lora.precompute.encode import Encoded, Station, encode_unconditional
+from qwen_lora.precompute.encoders import encoding_mode, pick_device, placement_on
 from qwen_lora.precompute.existing import ExistingSet
 from qwen_lora.precompute.fingerprint import (
     check_fingerprint,
@@ -18,16 +18,24 @@ from qwen_lora.precompute.fingerprint import (
     make_recipe,
 )
 from qwen_lora.precompute.order import Order
-from qwen_lora.precompute.publish import publish_generation
 from qwen_lora.precompute.remembered import RememberedFailures, RememberedSources
 from qwen_lora.precompute.report import (
+    Outcome,
     PrecomputeSummary,
+    sort_files,
     summarize,
     write_report,
 )
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import Adoption, Wanted, adopt
 from qwen_lora.precompute.write import check_space, free_space
+from qwen_lora.shards.format import FileEntry
+from qwen_lora.shards.writer import (
+    build_manifest,
+    publish_manifest,
+    write_retired,
+    write_unconditional,
+)
 
 
 class Lead:
@@ -41,14 +49,14 @@ class Lead:
     def __init__(self, settings: Settings, model: ModelFolder, local: Path) -> None:
         self.settings, self.model, self.local = settings, model, local
         self.folder = settings.shards_dir
-        self.failures = RememberedFailures(local / "failures.json")
         self.recipe = make_recipe(settings)
+        self.failures = RememberedFailures(local / "failures.json")
 
     def plan(self) -> Order:
         """Scan, compare with the set that is there, cut what is missing into shards.
 
-        Raises InputError before an encoder is loaded: another fingerprint or recipe, too little
-        space, no dataset.
+        Raises InputError before an encoder is loaded: no dataset, another fingerprint or recipe,
+        too little space.
         """
         found = planning.scan(self.settings)
         self.fingerprint = make_fingerprint(self.model, self.settings, self.local / "weights.json")
@@ -59,19 +67,13 @@ class Lead:
         sources = RememberedSources(
             self.local / "sources.json", planning.remembered_rules(self.settings)
         )
-        self.images = planning.accept_images(
-            found, self.settings, self.model.family.image_multiple, sources
-        )
+        multiple = self.model.family.image_multiple
+        self.images = planning.accept_images(found, self.settings, multiple, sources)
         sources.save()
         self.wanted = planning.name_samples(self.images, self.fingerprint)
-        missing = [
-            sample
-            for sample in self.wanted.samples.values()
-            if sample.sample_id not in self.existing.sources
-        ]
+        missing = planning.missing_samples(self.wanted, self.existing.sources)
         planned = planning.plan_shards(missing, self.model, self.settings)
-        unlisted = self.existing.unlisted(self.fingerprint) if planned else []
-        self.adoption = adopt(planned, unlisted)
+        self.adoption = adopt(planned, self.existing.unlisted(self.fingerprint) if planned else [])
         shards = self.adoption.shards + planning.cut(self.adoption.leftovers, self.settings)
         device = pick_device()
         sequential = placement_on(device, self.model, self.settings) != "together"
@@ -88,37 +90,68 @@ class Lead:
         known = {}
         for sample_id, sample in self.wanted.samples.items():
             skip = self.failures.find(sample_id, sample.inspection.candidate.image.name)
-            if skip is not None:
+            if skip is not None and sample_id not in self.existing.sources:
                 known[sample_id] = skip
         return known
 
     def publish(self, done: Encoded, station: Station) -> PrecomputeSummary:
-        """Manifest (unless nothing changed or nothing is there), report, summary."""
+        """Manifest (unless nothing changed, or there is nothing), report, summary."""
         self.failures.remember(done.failures)
         made = {*done.sample_ids, *self.adoption.sample_ids}
-        superseded = self.existing.superseded(self.wanted, done.failures)
-        manifest_name = self.existing.manifest_name
-        entries = [*self.adoption.entries, *done.entries]
-        live = len(self.existing.live(self.wanted, superseded)) + len(made)
-        if self.existing.manifest is not None or entries:
-            manifest_name = publish_generation(
-                self.existing,
-                entries,
-                folder=self.folder,
-                model=self.model,
-                fingerprint=self.fingerprint,
-                recipe=self.recipe,
-                posterior=self.settings.vae_posterior,
-                retired=self.existing.retired_after(self.wanted, superseded),
-                unconditional=lambda: self._unconditional(done, station),
-            )
+        retired = self.existing.retired_after(self.wanted, done.failures)
+        manifest_name = self._publish_generation(done, retired, station)
         outcome = self._outcome(done, made)
-        report = write_report(self.local, outcome)
         return summarize(
             outcome,
             max_skip=self.settings.max_skip,
-            samples=live,
+            samples=len({*self.existing.sources, *made} - retired),
             samples_written=len(made),
             manifest=manifest_name,
-            report=report,
+            report=write_report(self.local, outcome),
         )
+
+    def _publish_generation(
+        self, done: Encoded, retired: frozenset[str], station: Station
+    ) -> str | None:
+        """The new generation's name, the old one's if it says the same, None without a sample."""
+        old = self.existing.manifest
+        new = [*self.adoption.entries, *done.entries]
+        if old is None and not new:
+            return None
+        if old is not None:
+            same_recipe = old.recipe == self.recipe
+            if not new and same_recipe and retired == self.existing.retired:
+                return self.existing.manifest_name
+        manifest = build_manifest(
+            self.folder,
+            shards=[*self.existing.shards, *new],
+            fingerprint=self.fingerprint,
+            latent_channels=self.model.family.latent_channels,
+            latent_scale=self.model.family.latent_scale,
+            text_width=self.model.family.text_width(self.model),
+            posterior=self.settings.vae_posterior,
+            model={"id": self.model.model_id, "revision": self.model.revision},
+            recipe=self.recipe,
+            unconditional=old.unconditional if old else self._unconditional(done, station),
+            retired=write_retired(self.folder, retired),
+            previous=self.existing.manifest_name,
+        )
+        return publish_manifest(self.folder, manifest)
+
+    def _unconditional(self, done: Encoded, station: Station) -> FileEntry:
+        text = done.unconditional
+        if text is None:  # every shard was adopted, or made by other ranks
+            with encoding_mode(self.settings.encode_threads):
+                text = encode_unconditional(station)
+        return write_unconditional(self.folder, text.prompt_embeds, text.prompt_mask)
+
+    def _outcome(self, done: Encoded, made: set[str]) -> Outcome:
+        outcome = sort_files(
+            self.images.skips,
+            self.wanted.files,
+            self.wanted.twins,
+            live_before=self.existing.sources,
+            written_ids=made,
+            failures=done.failures,
+        )
+        return outcome.with_partial(self.images.partial)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
-from qwen_lora.families.base import TokenCount
+from qwen_lora.families.base import Family, TokenCount
 from qwen_lora.models import ModelFolder
 from qwen_lora.precompute.ahead import work_ahead
 from qwen_lora.precompute.geometry import make_geometries
@@ -23,12 +23,15 @@ from qwen_lora.precompute.worklist import (
     Wanted,
     WantedSample,
     cut_shards,
+    encoded_captions,
     list_wanted,
     make_work_items,
     shard_samples_limit,
 )
 from qwen_lora.progress import Progress
-from qwen_lora.shards.format import Fingerprint, Geometry
+from qwen_lora.shards.format import Fingerprint, Geometry, RecordMeta
+from qwen_lora.shards.record import LATENT_NAMES, RecordShape
+from qwen_lora.shards.writer import predicted_record_bytes
 
 DEFAULT_MODEL = "Qwen/Qwen-Image"
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
@@ -129,12 +132,60 @@ def name_samples(images: Images, fingerprint: Fingerprint) -> Wanted:
 def plan_shards(
     samples: Sequence[WantedSample], model: ModelFolder, settings: Settings
 ) -> list[ShardPlan]:
-    """The work list of samples that are not in the set, cut into shards. Loads only the tokenizer."""
+    """The work list of samples that the set lacks, cut into shards. Loads only the tokenizer."""
     if not samples:
         return []
     counts = count_tokens((text for sample in samples for text in sample.captions), model)
-    predictor = BytePredictor(model, settings)
-    return cut(make_work_items(samples, counts, predictor), settings)
+    text_width = model.family.text_width(model)
+
+    def predict(sample: WantedSample, tokens: Sequence[TokenCount]) -> int:
+        return predict_bytes(sample, tokens, model.family, text_width, settings)
+
+    return cut(make_work_items(samples, counts, predict), settings)
+
+
+def predict_bytes(
+    sample: WantedSample,
+    tokens: Sequence[TokenCount],
+    family: Family,
+    text_width: int,
+    settings: Settings,
+) -> int:
+    """Exact bytes of a record in its shard."""
+    height, width = sample.geometry.bucket
+    scale = family.latent_scale
+    shape = RecordShape(
+        LATENT_NAMES[settings.vae_posterior],
+        (family.latent_channels, height // scale, width // scale),
+        tuple(each.tokens for each in tokens),
+        text_width,
+    )
+    meta = record_meta(
+        sample.inspection, sample.geometry, [each.truncated for each in tokens], settings
+    )
+    return predicted_record_bytes(meta, shape.tensors())
+
+
+def record_meta(
+    inspection: Inspection, geometry: Geometry, truncated: Sequence[int], settings: Settings
+) -> RecordMeta:
+    """The JSON member; names and captions only as the settings allow."""
+    candidate = inspection.candidate
+    return RecordMeta(
+        captions=list(encoded_captions(candidate)) if settings.captions_in_shards else None,
+        source=candidate.image.name if settings.source_names else None,
+        source_sha256=inspection.source_sha256,
+        original_size=inspection.original_size,
+        crop_box=geometry.crop_box,
+        flipped=geometry.flipped,
+        bucket=geometry.bucket,
+        truncated_tokens=list(truncated),
+        group=candidate.group,
+    )
+
+
+def missing_samples(wanted: Wanted, stored: Container[str]) -> list[WantedSample]:
+    return [sample for key, sample in wanted.samples.items() if key not in stored]
 
 
 def cut(items: Sequence[Any], settings: Settings) -> list[ShardPlan]:

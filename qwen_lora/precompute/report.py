@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ class Outcome:
     duplicate: Mapping[str, str]  # file -> its twin
     skipped: tuple[Skip, ...]
     partial: tuple[Skip, ...]  # files that are in the set without one of their samples
+
+    def with_partial(self, more: Iterable[Skip]) -> Outcome:
+        """The same with more files that lack a sample, as far as they are in the set."""
+        skipped = {skip.name for skip in self.skipped}
+        added = tuple(skip for skip in more if skip.name not in skipped)
+        return replace(self, partial=self.partial + added)
 
     @property
     def seen(self) -> int:

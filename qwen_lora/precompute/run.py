@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
 from qwen_lora.precompute.world import World
 from qwen_lora.progress import Progress
+from qwen_lora.shards.writer import sweep_temporaries
 
 if TYPE_CHECKING:
     from qwen_lora.precompute.encode import Encoded, Station
@@ -36,8 +36,8 @@ def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
     Prints progress to stderr and a summary to stdout. Under `accelerate launch` or torchrun all
     processes call it and get the same summary. A bad image is reported and left out; `dry_run` only
     tells what would be done and writes nothing.
-    Raises InputError (settings, dataset, model, another set in the folder, too little space), Stopped
-    (a signal; finished shards are kept) and QwenLoraError (another process failed, disk errors).
+    Raises InputError (settings, dataset, model, another set in the folder, too little space),
+    Stopped (a signal; finished shards are kept) and QwenLoraError (another process, the disk).
     """
     if dry_run:
         from qwen_lora.precompute.dry_run import preview
@@ -89,8 +89,7 @@ def _locked(settings: Settings, world: World) -> Iterator[Path]:
         return
     local.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(local / "lock", f"the shard set {folder}"):
-        for stale in local.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        sweep_temporaries(folder)
         write_atomic(local / "settings.json", canonical_json(settings.model_dump(mode="json")))
         yield local
 
@@ -146,6 +145,3 @@ def _join(done: Encoded, answers: list[dict[str, Any]]) -> Encoded:
         joined.sample_ids += answer["sample_ids"]
         joined.failures.update(failures_from_json(answer["failures"]))
     return joined
-
-
-__all__ = ["PrecomputeSummary", "precompute", "sys"]

@@ -1,0 +1,69 @@
+"""The set that is there before a run: what it holds, what is superseded, what lies unlisted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen_lora.precompute.worklist import Wanted
+from qwen_lora.shards.format import Fingerprint, Manifest, ShardEntry
+from qwen_lora.shards.manifest import MANIFEST, load_manifest, read_retired, read_sidecar
+from qwen_lora.shards.writer import adoptable_shards
+
+
+@dataclass
+class ExistingSet:
+    """`sources` has every stored sample, retired ones too: a retired one that is wanted again only
+    has to be taken off the list."""
+
+    folder: Path
+    manifest: Manifest | None = None
+    manifest_name: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)  # sample id -> source sha256
+    retired: frozenset[str] = frozenset()
+
+    @classmethod
+    def load(cls, folder: Path) -> ExistingSet:
+        """An empty set when there is no manifest. Raises ShardError when it is damaged."""
+        if not (folder / MANIFEST).exists():
+            return cls(folder)
+        manifest, name = load_manifest(folder)
+        sources = {
+            row.sample_id: row.source_sha256
+            for entry in manifest.shards
+            for row in read_sidecar(folder, entry).rows
+        }
+        return cls(folder, manifest, name, sources, read_retired(folder, manifest))
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        return () if self.manifest is None else self.manifest.shards
+
+    def unlisted(self, fingerprint: Fingerprint) -> list[tuple[ShardEntry, list[str]]]:
+        """Whole shards that a stopped run left, with their sample ids."""
+        listed = frozenset(entry.tar.name for entry in self.shards)
+        return [
+            (entry, [row.sample_id for row in sidecar.rows])
+            for entry, sidecar in adoptable_shards(self.folder, fingerprint, listed)
+        ]
+
+    def retired_after(self, wanted: Wanted, failed: Collection[str]) -> frozenset[str]:
+        """Retired ids of the next generation.
+
+        For an image that the scan saw, the stored samples that it no longer asks for are retired
+        and those it asks for are live. An image with a sample that failed in this run keeps what
+        it has; images that the scan did not see stay as they are.
+        """
+        seen = {sample.inspection.source_sha256 for sample in wanted.samples.values()}
+        kept = {
+            sample.inspection.source_sha256
+            for sample_id, sample in wanted.samples.items()
+            if sample_id in failed
+        }
+        superseded = {
+            sample_id
+            for sample_id, source in self.sources.items()
+            if source in seen - kept and sample_id not in wanted.samples
+        }
+        return frozenset((self.retired - wanted.samples.keys()) | superseded)
