@@ -205,6 +205,8 @@ class BatchLoader:
         try:
             tensors = self._read(visit)
         except Exception as error:
+            if isinstance(error, QwenLoraError) and sample_id in str(error):
+                raise
             kind = ShardError if isinstance(error, ShardError) else QwenLoraError
             raise kind(f"sample {sample_id}: {error or type(error).__name__}") from error
         embeds, mask = tensors["prompt_embeds"], tensors["prompt_mask"]

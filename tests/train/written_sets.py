@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 
-from qwen_lora.shards.format import Fingerprint, Manifest, RecordMeta, latent_id, sample_id, text_id
+from qwen_lora.shards.format import (
+    Fingerprint,
+    Geometry,
+    Manifest,
+    RecordMeta,
+    latent_id,
+    sample_id,
+    text_id,
+)
 from qwen_lora.shards.writer import (
     EncodedSample,
     publish_manifest,
@@ -21,8 +29,6 @@ SIZES = [(8, 8), (8, 12)]  # latent pixels
 
 def make_sample(number: int, fingerprint: Fingerprint, posterior: str) -> EncodedSample:
     """Two captions each, sizes alternating."""
-    from qwen_lora.shards.format import Geometry
-
     generator = torch.Generator().manual_seed(number)
     height, width = SIZES[number % len(SIZES)]
     bucket = (height * 8, width * 8)
