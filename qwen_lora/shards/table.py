@@ -100,8 +100,10 @@ def table_of_rows(rows: Sequence[SidecarRow], shard: int) -> SampleTable:
 
 def join_tables(parts: Sequence[SampleTable]) -> SampleTable:
     offsets: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
-    for part in parts:
-        offsets.append(part.token_offsets[1:] + offsets[-1][-1])
+    before = 0
+    for part in parts:  # a shard whose samples are all retired has no row
+        offsets.append(part.token_offsets[1:] + before)
+        before += int(part.token_offsets[-1])
 
     def stack(name: str, shape: tuple[int, ...], dtype: type) -> NDArray[np.generic]:
         return np.concatenate([np.zeros((0, *shape), dtype), *(getattr(p, name) for p in parts)])
