@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    help="Look at shard sets.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = typer.Typer(help="Look at shard sets.", no_args_is_help=True, rich_markup_mode=None)
+
 Folder = Annotated[Path, typer.Argument(metavar="SHARDS", help="The shard set's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -41,13 +39,25 @@ def verify(
     """Check every byte against the hashes; exit code 1 when anything differs.
 
     \b
-    qwen-lora shards verify shards
+    qwen-lora shards verify shards --deep
     """
     from qwen_lora.shards.verify import verify as run
 
     report = run(path, deep=deep)
-    print(report)
-    raise typer.Exit(0)
+    if as_json:
+        print(json.dumps({**asdict(report), "ok": report.ok}, indent=2, ensure_ascii=False))
+    else:
+        for problem in report.problems:
+            print(f"problem: {problem}")
+        for note in report.notes:
+            print(f"note: {note}")
+        result = "intact" if report.ok else f"{len(report.problems)} problems"
+        print(
+            f"{result}: {report.samples} samples in {report.shards} shards, "
+            f"{report.bytes / (1 << 20):.1f} MiB"
+        )
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -58,7 +68,7 @@ def list_samples(
         bool, typer.Option("--urls", help="The shard files, as plain webdataset takes them.")
     ] = False,
 ) -> None:
-    """List samples, one a line: id, bucket, tokens, source.
+    """List samples, one a line: id, bucket, tokens, source, captions.
 
     \b
     qwen-lora shards list shards --json
@@ -66,5 +76,19 @@ def list_samples(
     """
     from qwen_lora.shards import tools
 
+    if urls:
+        for url in tools.shard_urls(path):
+            print(json.dumps(url) if as_json else url)
+        return
     for sample in tools.list_samples(path):
-        print(sample)
+        print(json.dumps(sample, ensure_ascii=False) if as_json else _line(sample))
+
+
+def _line(sample: dict[str, Any]) -> str:
+    height, width = sample["bucket"]
+    tokens = "+".join(str(count) for count in sample["token_counts"])
+    captions = " | ".join(sample["captions"] or ["(no captions stored)"])
+    source = sample["source"] or sample["source_sha256"][:12]
+    line = f"{sample['sample_id']}  {height}x{width}  {tokens:>4} tokens  {source}: {captions}"
+    # Names and captions are other people's text: nothing in them may steer the terminal.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
