@@ -46,7 +46,7 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
         from PIL import ImageOps
 
         image = open_image(content)
-        if oriented_size(image) != inspection.original_size:
+        if oriented_size(image, content) != inspection.original_size:
             raise ValueError("the header's size is not the image's")
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")  # the only decoders ever tried
 FILE_MAX_BYTES = 1 << 30
 ORIENTATION_TAG = 0x0112
+PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type exif", b"tiff:Orientation")
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -32,11 +33,11 @@ def inspect_image(candidate: Candidate, data: DataConfig) -> Inspection | Skip:
     try:
         image = open_image(content)
         problem = _refuse(image, data)
-        height, width = oriented_size(image)
+        if problem is not None:
+            return Skip(name, *problem)
+        height, width = oriented_size(image, content)
     except Exception as error:  # decoders raise anything on hostile bytes
         return Skip(name, "undecodable", why_undecodable(content, error))
-    if problem is not None:
-        return Skip(name, *problem)
     return Inspection(candidate, sha256_hex(content), (height, width))
 
 
@@ -77,14 +78,17 @@ def heif_available() -> bool:
     return True
 
 
-def oriented_size(image: Image.Image) -> tuple[int, int]:
+def oriented_size(image: Image.Image, content: bytes) -> tuple[int, int]:
     """[height, width] once the EXIF orientation is applied."""
     height, width = image.height, image.width
-    return (width, height) if orientation(image) in TURNED else (height, width)
+    return (width, height) if orientation(image, content) in TURNED else (height, width)
 
 
-def orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image, content: bytes) -> int:
     """EXIF orientation, 1 where there is none or it makes no sense."""
+    # A PNG may carry EXIF behind its pixels, so Pillow decodes it all to find out: only if needed.
+    if image.format == "PNG" and not any(mark in content for mark in PNG_EXIF_MARKS):
+        return 1
     value = image.getexif().get(ORIENTATION_TAG, 1)
     return value if value in range(1, 9) else 1
 
