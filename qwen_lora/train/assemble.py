@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) 
 def plan_data(
     ranks: Ranks, settings: Settings, sources: Sources, recorded: RunFacts | None
 ) -> DataPlan:
-    """Split, weigh and batch the samples; a resumed run keeps its number of micro-batches a step."""
+    """Split, weigh and batch the samples; a resumed run keeps its micro-batches a step."""
     data = settings.data_config
 
     def gather(**chosen: Any) -> PlanTable:
@@ -132,6 +133,10 @@ def run_facts(
         fingerprints=sources.fingerprints,
         base_model=ranks.on_main(lambda: base_fingerprint(model, cache)),
     )
+
+
+def dtype_name(settings: Settings, device: torch.device) -> str:
+    return {"auto":"float32","no":"float32","bf16":"bfloat16","fp16":"float16"}[settings.mixed_precision]
 
 
 def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
@@ -223,6 +228,14 @@ def snapshot(trainable: Trainable, facts: RunFacts, state: TrainState) -> Checkp
         scheduler=pack(stepper.scheduler.state_dict(), "scheduler", nothing),
         scaler=pack(stepper.scaler.state_dict(), "scaler", nothing),
     )
+
+
+def _content_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def say_what_runs(

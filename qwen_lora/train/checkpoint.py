@@ -86,7 +86,7 @@ class CheckpointStore:
         self.folder = run / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps of the published checkpoints, oldest first; whether they are sound is not checked."""
+        """Steps of the published checkpoints, oldest first, sound or not."""
         if not self.folder.is_dir():
             return []
         names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
@@ -194,9 +194,9 @@ class CheckpointStore:
 def newest_good(store: CheckpointStore, wanted: str) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to resume from, and what is to be said about damaged ones.
 
-    wanted: "latest" or a checkpoint folder's name. With "latest" a damaged checkpoint is passed over
-    for the one before it. None when the run has no checkpoint. Raises InputError for a name that does
-    not exist, CheckpointError when no checkpoint is sound or the named one is damaged.
+    wanted: "latest" or a checkpoint folder's name. With "latest" a damaged checkpoint is passed
+    over for the one before it. None when the run has no checkpoint. Raises InputError for a name
+    that does not exist, CheckpointError when no checkpoint is sound or the named one is damaged.
     """
     steps = store.steps()
     if wanted != "latest":

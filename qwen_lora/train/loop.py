@@ -53,21 +53,20 @@ def upcoming(parts: LoopParts, state: TrainState) -> Generator[Work]:
     """This rank's work from the cursor on, over epochs without end."""
     ranks, plan = parts.ranks, parts.loader.plan(state.epoch)
     stream = parts.loader.stream_epochs(state.epoch, state.epoch_step, ranks.rank, ranks.world)
-    with closing(stream):
-        for epoch, index, batches in stream:
-            if plan.epoch != epoch:
-                plan = parts.loader.plan(epoch)
-            step = plan.step(index)
-            micro_steps = []
-            for position, batch in enumerate(batches):
-                number = position * ranks.world + ranks.rank
-                if batch is None:  # nothing left for this rank: the first one again, weight 0
-                    batch = parts.loader.load(step[0], epoch)
-                    micro_steps.append(MicroStep(batch, number, weight=0.0))
-                else:
-                    micro_steps.append(MicroStep(batch, number, weight=1.0))
-            samples = sum(len(micro_batch.visits) for micro_batch in step)
-            yield Work(epoch, index, micro_steps, samples, index + 1 == plan.steps)
+    for epoch, index, batches in stream:
+        if plan.epoch != epoch:
+            plan = parts.loader.plan(epoch)
+        step = plan.step(index)
+        micro_steps = []
+        for position, batch in enumerate(batches):
+            number = position * ranks.world + ranks.rank
+            if batch is None:  # nothing left for this rank: the first one again, weight 0
+                batch = parts.loader.load(step[0], epoch)
+                micro_steps.append(MicroStep(batch, number, weight=0.0))
+            else:
+                micro_steps.append(MicroStep(batch, number, weight=1.0))
+        samples = sum(len(micro_batch.visits) for micro_batch in step)
+        yield Work(epoch, index, micro_steps, samples, index + 1 == plan.steps)
 
 
 class Loop:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qwen_lora.posix import publish_file, temporary_file
 from qwen_lora.train.metrics import read_metrics
 
-_CURVES = {  # key in metrics.jsonl -> label, line style
+_CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # key in metrics.jsonl -> label, line style
     "loss": ("loss", {"alpha": 0.35, "linewidth": 0.8}),
     "smoothed_loss": ("loss, smoothed", {"linewidth": 1.6}),
     "validation_loss": ("held-out images", {"marker": "o", "markersize": 3}),

@@ -71,7 +71,7 @@ class Ranks:
         return self.rank == 0
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 and give its JSON result to every rank; its error is raised by all."""
+        """Run `work` on rank 0; every rank gets its JSON result, or raises its error."""
         if self.world == 1:
             return work()
         message: dict[str, Any] = {}
@@ -90,7 +90,7 @@ class Ranks:
         return message["value"]
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; if one fails, all raise the error of the lowest failing rank."""
+        """Run `work` on every rank; if one fails, all raise."""
         if self.world == 1:
             return work()
         failure: Exception | None = None
@@ -102,8 +102,8 @@ class Ranks:
         return value
 
     def agree(self, failure: Exception | None = None, flag: int = 0) -> int:
-        """Exchange one flag: returns the largest over the ranks. If any rank brings a failure, every
-        rank raises: its own, or that of the lowest failing rank."""
+        """Exchange one flag: returns the largest over the ranks. If any rank brings a failure,
+        every rank raises: its own, or that of the lowest failing rank."""
         if self.world == 1:
             if failure is not None:
                 raise failure
@@ -123,7 +123,8 @@ class Ranks:
         """Raise on every rank when the ranks do not hold the same `value`."""
         if self.world > 1 and len(set(self.gather_json(value))) > 1:
             raise QwenLoraError(
-                f"the processes disagree about {what}; are the same version and files on every machine?"
+                f"the processes disagree about {what}; do all machines have the same version and "
+                "files?"
             )
 
     def gather_json(self, value: Any) -> list[Any]:

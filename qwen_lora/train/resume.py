@@ -65,8 +65,8 @@ def share_of_step(recorded: RunFacts | None, settings: Settings, world: int) -> 
     before = recorded.settings["gradient_accumulation_steps"]
     if wanted != before:
         raise InputError(
-            f"gradient_accumulation_steps was {before}, now {wanted}: with {world} processes a step "
-            f"would have {wanted * world} micro-batches instead of this run's {total}"
+            f"gradient_accumulation_steps was {before}, now {wanted}: with {world} processes a "
+            f"step would have {wanted * world} micro-batches instead of this run's {total}"
         )
     if total % world:
         counts = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
@@ -106,8 +106,8 @@ def _length_problem(old: RunFacts, new: RunFacts, settings: Settings) -> list[st
     if before == now or not depends_on_max_steps(settings):
         return []
     return [
-        f"max_train_steps was {before}, now {now}, and the {settings.lr_scheduler} schedule depends "
-        "on it"
+        f"max_train_steps was {before}, now {now}, and the {settings.lr_scheduler} schedule "
+        "depends on it"
     ]
 
 

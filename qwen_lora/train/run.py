@@ -38,9 +38,11 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
     try:
         with open_run(ranks, settings, restart) as run:
             found = find_checkpoint(ranks, run, settings)
-            with open_sources(ranks, settings, found and found.facts.generations) as sources:
+            recorded = found.facts if found else None
+            pinned = recorded.generations if recorded else None
+            with open_sources(ranks, settings, pinned) as sources:
                 model = assemble.find_model(ranks, settings, sources.manifests)
-                plan = assemble.plan_data(ranks, settings, sources, found and found.facts)
+                plan = assemble.plan_data(ranks, settings, sources, recorded)
                 facts = assemble.run_facts(ranks, settings, sources, model, plan)
                 ranks.check_equal(facts.plan_id, "the plan of the samples")
                 if found:

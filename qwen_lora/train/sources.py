@@ -1,4 +1,4 @@
-"""The shard sets of a run: opened at one generation each, the same on every rank. Imports no torch."""
+"""The shard sets of a run, opened at one generation each, the same on every rank. No torch."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def open_sources(
     chosen = settings.shards or [ShardSource(path=settings.shards_dir)]
     if pinned is not None and len(pinned) != len(chosen):
         raise InputError(
-            f"this run was started with {len(pinned)} shard sets and now has {len(chosen)}; name the "
-            "same ones, choose another --output, or start over with --restart"
+            f"this run was started with {len(pinned)} shard sets and now has {len(chosen)}; name "
+            "the same ones, choose another --output, or start over with --restart"
         )
     names = ranks.on_main(lambda: _generations(chosen, pinned))
     with ExitStack() as stack:

@@ -70,8 +70,8 @@ class SampleLosses(torch.nn.Module):
 
 
 def wrap_for_ranks(losses: SampleLosses, ranks: Ranks) -> torch.nn.Module:
-    """Plain DDP when there are several ranks. Every rank has loaded the same weights itself and made
-    the same LoRA, so nothing is broadcast."""
+    """Plain DDP when there are several ranks. Every rank has loaded the same weights itself and
+    made the same LoRA, so nothing is broadcast."""
     if ranks.world == 1:
         return losses
     return DistributedDataParallel(losses, init_sync=False, gradient_as_bucket_view=True)
@@ -95,9 +95,9 @@ class Stepper:
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
 
     def run(self, step: int, work: Sequence[MicroStep], step_samples: int) -> StepResult:
-        """Do step number `step` (from 0). Raises QwenLoraError on every rank, before any update, when
-        the loss or the gradient is not finite. With fp16 the scale is lowered and the step tried
-        again, at most twenty times."""
+        """Do step number `step` (from 0). Raises QwenLoraError on every rank, before any update,
+        when the loss or the gradient is not finite. With fp16 the scale is lowered and the step
+        tried again, at most twenty times."""
         for skipped in range(MAX_SKIPPED):
             loss, grad_norm, losses = self._accumulate(step, work, step_samples)
             if math.isfinite(loss) and math.isfinite(grad_norm):

@@ -21,12 +21,13 @@ def check_trackers(settings: Settings) -> None:
     for name in settings.report_to:
         if not any(importlib.util.find_spec(module) for module in _MODULES[name]):
             raise InputError(
-                f"report_to: {name} is not installed; pip install 'qwen-lora[{name}]' or leave it out"
+                f"report_to: {name} is not installed; "
+                f"pip install 'qwen-lora[{name}]' or leave it out"
             )
 
 
 class Trackers:
-    """Sends numbers to the trackers. A tracker that fails is reported once and never stops a run."""
+    """Sends numbers to the trackers. One that fails is reported once and never stops a run."""
 
     def __init__(self, accelerator: Accelerator, settings: Settings) -> None:
         self._accelerator = accelerator

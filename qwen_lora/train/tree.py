@@ -1,9 +1,9 @@
 # ruff: noqa: TID253
 """State dicts as safetensors and JSON: tensors by name, everything else as plain values.
 
-Optimizers keep nested dicts of tensors and numbers. `pack` splits such a tree into named tensors and
-a JSON tree that refers to them; `unpack` rebuilds it exactly. Anything that is neither is refused,
-so nothing ever needs to be unpickled.
+Optimizers keep nested dicts of tensors and numbers. `pack` splits such a tree into named tensors
+and a JSON tree that refers to them; `unpack` rebuilds it exactly. Anything that is neither is
+refused, so nothing ever needs to be unpickled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Any optimizer's state goes through tensors and JSON without a bit of difference, or is refused."""
+"""Any optimizer's state survives tensors and JSON without a bit of difference, or is refused."""
 
 import json
 import math

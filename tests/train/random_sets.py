@@ -1,0 +1,101 @@
+"""Shard sets of random tensors that fit the tiny model, written by the project's own writer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.shards.format import (
+    Fingerprint,
+    Geometry,
+    Manifest,
+    RecordMeta,
+    latent_id,
+    sample_id,
+    text_id,
+)
+from qwen_lora.shards.writer import (
+    EncodedSample,
+    publish_manifest,
+    write_shard,
+    write_unconditional,
+)
+from qwen_lora.tiny_model.build import TEXT_WIDTH
+
+CHANNELS, SCALE = 16, 8
+SIZES = [(4, 4), (4, 8)]  # latent pixels
+MakeSettings = Callable[..., Settings]
+
+
+def random_set(folder: Path, count: int, *, vae: str = "tiny", per_shard: int = 4) -> Path:
+    """The first `count` of an endless row of samples: sizes alternate, one or two captions each."""
+    fingerprint = Fingerprint("qwen-image", vae={"name": vae}, text={"limit": 1024})
+    samples = sorted(
+        (_sample(number, fingerprint) for number in range(count)), key=lambda s: s.sample_id
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = tuple(
+        write_shard(folder, samples[start : start + per_shard], fingerprint, {"by": "a test"})
+        for start in range(0, count, per_shard)
+    )
+    generator = torch.Generator().manual_seed(99)
+    unconditional = write_unconditional(
+        folder,
+        torch.randn(3, TEXT_WIDTH, generator=generator).bfloat16(),
+        torch.ones(3, dtype=torch.bool),
+    )
+    captions = sum(len(sample.text_ids) for sample in samples)
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        latent_channels=CHANNELS,
+        latent_scale=SCALE,
+        text_width=TEXT_WIDTH,
+        posterior="mode",
+        model={"id": "tiny", "revision": None},
+        recipe={"img_size": [32]},
+        shards=shards,
+        unconditional=unconditional,
+        counts={
+            "samples": count,
+            "images": count,
+            "captions": captions,
+            "retired": 0,
+            "bytes": sum(shard.tar.bytes for shard in shards),
+        },
+        histograms={"buckets": {}, "tokens": {}, "groups": {}},
+    )
+    publish_manifest(folder, manifest)
+    return folder
+
+
+def _sample(number: int, fingerprint: Fingerprint) -> EncodedSample:
+    generator = torch.Generator().manual_seed(number)
+    height, width = SIZES[number % len(SIZES)]
+    bucket = (height * SCALE, width * SCALE)
+    source = hashlib.sha256(str(number).encode()).hexdigest()
+    captions = [f"picture {number}", f"number {number}"][: 1 + number % 2]
+    tensors = {"latents": torch.randn(CHANNELS, height, width, generator=generator).half()}
+    tokens = [2 + (number + index) % 4 for index in range(len(captions))]
+    for index, count in enumerate(tokens):
+        embeds = torch.randn(count, TEXT_WIDTH, generator=generator).bfloat16()
+        tensors[f"prompt_embeds.{index}"] = embeds  # [T, D]
+        tensors[f"prompt_mask.{index}"] = torch.ones(count, dtype=torch.bool)
+    geometry = Geometry(crop_box=(0, 0, *bucket), bucket=bucket)
+    latent = latent_id(source, geometry, fingerprint.vae_hash)
+    texts = [text_id(caption, fingerprint.text_hash) for caption in captions]
+    meta = RecordMeta(
+        captions=captions,
+        source=f"{number}.png",
+        source_sha256=source,
+        original_size=bucket,
+        crop_box=geometry.crop_box,
+        flipped=False,
+        bucket=bucket,
+        truncated_tokens=[0] * len(captions),
+        group="",
+    )
+    return EncodedSample(sample_id(latent, texts), latent, texts, tokens, meta, tensors)
