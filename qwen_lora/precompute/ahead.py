@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def work_ahead(
     tasks: Iterable[Task], work: Callable[[Task], Result], *, workers: int, ahead: int
-) -> Iterator[tuple[Task, Result]]:
+) -> Generator[tuple[Task, Result]]:
     """Yield (task, work(task)) in the tasks' order; at most `ahead` results wait at any time.
 
     Tasks are taken lazily. An exception of `work` surfaces at its task's turn. Closing the iterator

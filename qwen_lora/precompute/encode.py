@@ -7,7 +7,8 @@ encoder sees together belongs to one shard, so a record's bytes depend on its sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -42,7 +43,7 @@ from qwen_lora.shards.writer import EncodedSample
 
 Failures = dict[str, Skip]  # by sample id
 Latents = dict[str, dict[str, torch.Tensor]]  # by sample id: tensors as stored
-Pixels = Iterator[tuple[WorkItem, "np.ndarray[Any, Any] | Skip"]]
+Pixels = Generator[tuple[WorkItem, "np.ndarray[Any, Any] | Skip"]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Station:
     fingerprint: Fingerprint
     made_by: Mapping[str, Any]
     encoders: Encoders
+    quiet: bool = False  # only rank 0 shows progress
     check: Callable[[], None] = lambda: None  # raises when another rank failed
 
 
@@ -87,8 +89,10 @@ def encode_share(share: Share, station: Station, progress: Progress) -> Encoded:
     sequential = station.encoders.placement != "together"
     if sequential:
         _encode_texts_first(share, station, store, done)
-    pixels = _decode(share, station.settings)
-    with BackgroundWriter(station.folder, station.fingerprint, dict(station.made_by)) as writer:
+    with (
+        closing(_decode(share, station.settings)) as pixels,
+        BackgroundWriter(station.folder, station.fingerprint, dict(station.made_by)) as writer,
+    ):
         for shard in share.shards:
             latents = _encode_latents(shard, pixels, station, done.failures)
             if latents:
@@ -125,7 +129,7 @@ def _texts(
 def _encode_texts_first(share: Share, station: Station, store: TextStore, done: Encoded) -> None:
     """All captions of the share into temporaries, then the text encoder's memory back."""
     shards = [shard for shard in share.shards if _has_hope(shard, share.known_failures)]
-    with Progress("encoding captions", len(shards), "shards", quiet=not share.unconditional) as bar:
+    with Progress("encoding captions", len(shards), "shards", quiet=station.quiet) as bar:
         for shard in shards:
             batches = caption_batches(shard, station.settings.text_batch_size)
             if share.unconditional and done.unconditional is None:

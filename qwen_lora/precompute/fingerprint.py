@@ -66,7 +66,7 @@ def made_by(settings: Settings, device_type: str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "versions": versions,
+        **versions,
         "device": device_type,
         "encode_threads": settings.encode_threads,
         "vae_batch_size": settings.vae_batch_size,

@@ -26,6 +26,7 @@ from qwen_lora.precompute.report import (
     summarize,
     write_report,
 )
+from qwen_lora.precompute.texts import TextStore
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import Adoption, Wanted, adopt
 from qwen_lora.precompute.write import check_space, free_space
@@ -96,6 +97,7 @@ class Lead:
 
     def publish(self, done: Encoded, station: Station) -> PrecomputeSummary:
         """Manifest (unless nothing changed, or there is nothing), report, summary."""
+        TextStore(self.local).clear()
         self.failures.remember(done.failures)
         made = {*done.sample_ids, *self.adoption.sample_ids}
         retired = self.existing.retired_after(self.wanted, done.failures)

@@ -29,6 +29,8 @@ from qwen_lora.shards.writer import sweep_temporaries
 if TYPE_CHECKING:
     from qwen_lora.precompute.encode import Encoded, Station
 
+__all__ = ["PrecomputeSummary", "precompute"]
+
 
 def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
     """Encode what is missing of a dataset into the shard set `settings.shards_dir`.
@@ -52,7 +54,7 @@ def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
 
                 lead = Lead(settings, model, local)
                 order = lead.plan()
-                world.share(order.to_json())
+                world.share(order.to_json() if world.size > 1 else None)
             else:
                 order = Order.from_json(world.share())
             done, station = _encode(order, settings, model, local, world)
@@ -110,6 +112,7 @@ def _encode(
         fingerprint=order.fingerprint,
         made_by=order.made_by,
         encoders=Encoders(model, settings, device, placement, quiet=not world.first),
+        quiet=not world.first,
         check=world.check,
     )
     share = Share(

@@ -36,7 +36,7 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size <= 1 or "RANK" not in os.environ:
             return cls()
-        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         store, rank, size = next(iter(rendezvous("env://")))

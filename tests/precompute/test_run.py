@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load
 
 from qwen_lora.errors import InputError
 from qwen_lora.families.qwen_image import QwenImage
@@ -76,7 +75,7 @@ def test_a_folder_becomes_a_set_and_a_rerun_loads_no_model(make_settings, no_enc
 
 
 def test_records_equal_diffusers(make_settings, tiny_model):
-    """Stored latents and embeddings are within half an ulp of the reference's own float32 and bf16."""
+    """Stored latents and embeddings are within half an ulp of diffusers' own float32 results."""
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 
     from qwen_lora.precompute.images import decode_image
@@ -166,7 +165,8 @@ def test_two_resolutions_and_flips_make_more_samples_not_more_files(make_setting
 def test_bad_files_are_reported_and_the_rest_is_encoded(make_settings, dataset, no_encoders):
     shutil.copy(dataset / "00.png", dataset / "copy.png")
     shutil.copy(dataset / "00.txt", dataset / "copy.txt")
-    (dataset / "broken.png").write_bytes((dataset / "01.png").read_bytes()[:900])
+    whole = (dataset / "01.png").read_bytes()
+    (dataset / "broken.png").write_bytes(whole[: len(whole) // 2])
     (dataset / "broken.txt").write_text("a broken picture")
     (dataset / "text.png").write_text("no picture")
     (dataset / "text.txt").write_text("no picture")
@@ -304,9 +304,8 @@ def test_a_resolution_can_be_added(make_settings, dataset):
     settings = make_settings({"img_dir": dataset, "img_size": [96, 64]})
     precompute(make_settings({"img_dir": dataset}))
     summary = precompute(settings)
-    assert summary.written == 4
-    unbroken = {record.meta.bucket for record in read_all(settings.shards_dir).values()}
-    assert len(unbroken) > 1
+    assert summary.written + summary.unchanged == 4
+    assert summary.samples == 4 + summary.samples_written > 4
     shards = ShardSet.open(settings.shards_dir)
     assert shards.manifest.recipe["img_size"] == [64, 96]
     shards.close()
