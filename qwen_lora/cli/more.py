@@ -10,58 +10,70 @@ import typer
 from qwen_lora.errors import InputError
 
 
+# ---- sample ----------------------------------------------------------------------------------
+Prompts = Annotated[
+    list[str], typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")
+]
+Picture = Annotated[Path, typer.Option("--output", metavar="IMAGE", help="The grid, a PNG.")]
+Model = Annotated[
+    str, typer.Option("--model", metavar="M", help="Hugging Face id or local folder.")
+]
+Loras = Annotated[
+    list[Path] | None,
+    typer.Option("--lora", metavar="FILE", help="LoRA file; several are added up. Repeatable."),
+]
+LoraScale = Annotated[
+    float, typer.Option("--lora-scale", metavar="X", help="Strength of the LoRA.")
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seed", metavar="S", min=0, help="Repeatable. [default: 0]"),
+]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", min=2, help="Denoising steps.")]
+Guidance = Annotated[
+    float, typer.Option("--true-cfg-scale", metavar="X", help="Guidance; 1 switches it off.")
+]
+NegativePrompt = Annotated[
+    str,
+    typer.Option(
+        "--negative-prompt", metavar="TEXT", help="What to avoid.", show_default="one space"
+    ),
+]
+Height = Annotated[
+    int | None, typer.Option("--height", metavar="PX", min=1, help="[default: the model's]")
+]
+Width = Annotated[
+    int | None, typer.Option("--width", metavar="PX", min=1, help="[default: the model's]")
+]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="float32, bfloat16, float16, auto: bfloat16 on a GPU that has it, else float32.",
+    ),
+]
+NoBase = Annotated[bool, typer.Option("--no-base", help="Leave out the pictures without the LoRA.")]
+SaveImages = Annotated[
+    bool, typer.Option("--save-images", help="Save each picture beside the grid too.")
+]
+
+
 def sample(
-    prompt: Annotated[
-        list[str], typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")
-    ],
-    output: Annotated[Path, typer.Option("--output", metavar="IMAGE", help="The grid, a PNG.")],
-    model: Annotated[
-        str,
-        typer.Option("--model", metavar="M", help="Hugging Face id or local folder."),
-    ] = "Qwen/Qwen-Image",
-    lora: Annotated[
-        list[Path] | None,
-        typer.Option("--lora", metavar="FILE", help="LoRA file; several are added up. Repeatable."),
-    ] = None,
-    lora_scale: Annotated[
-        float, typer.Option("--lora-scale", metavar="X", help="Strength of the LoRA.")
-    ] = 1.0,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option("--seed", metavar="S", min=0, help="Repeatable. [default: 0]"),
-    ] = None,
-    steps: Annotated[
-        int, typer.Option("--steps", metavar="N", min=2, help="Denoising steps.")
-    ] = 50,
-    true_cfg_scale: Annotated[
-        float, typer.Option("--true-cfg-scale", metavar="X", help="Guidance; 1 switches it off.")
-    ] = 4.0,
-    negative_prompt: Annotated[
-        str,
-        typer.Option(
-            "--negative-prompt", metavar="TEXT", help="What to avoid.", show_default="one space"
-        ),
-    ] = " ",
-    height: Annotated[
-        int | None, typer.Option("--height", metavar="PX", min=16, help="[default: the model's]")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option("--width", metavar="PX", min=16, help="[default: the model's]")
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(
-            "--dtype",
-            metavar="TYPE",
-            help="float32, bfloat16, float16, auto: bfloat16 on a GPU that has it, else float32.",
-        ),
-    ] = "auto",
-    no_base: Annotated[
-        bool, typer.Option("--no-base", help="Leave out the pictures without the LoRA.")
-    ] = False,
-    save_images: Annotated[
-        bool, typer.Option("--save-images", help="Save each picture beside the grid too.")
-    ] = False,
+    prompt: Prompts,
+    output: Picture,
+    model: Model = "Qwen/Qwen-Image",
+    lora: Loras = None,
+    lora_scale: LoraScale = 1.0,
+    seed: Seeds = None,
+    steps: Steps = 50,
+    true_cfg_scale: Guidance = 4.0,
+    negative_prompt: NegativePrompt = " ",
+    height: Height = None,
+    width: Width = None,
+    dtype: Dtype = "auto",
+    no_base: NoBase = False,
+    save_images: SaveImages = False,
 ) -> None:
     """Draw prompts with and without a LoRA, side by side in one picture.
 

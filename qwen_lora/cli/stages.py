@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from qwen_lora.config.schema import Settings
 
+# ---- both ------------------------------------------------------------------------------------
 Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Settings in YAML; `qwen-lora init` writes one."),
@@ -20,48 +21,85 @@ SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting; wins over the file. Repeatable."),
 ]
+# ---- precompute ------------------------------------------------------------------------------
+Dataset = Annotated[
+    Path | None,
+    typer.Argument(metavar="DATASET", help="Folder of captioned images.", show_default=False),
+]
+EncoderModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="M",
+        help="Hugging Face id (id@revision) or local folder. [default: Qwen/Qwen-Image]",
+    ),
+]
+ShardsOut = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="SHARDS", help="The shard set. [default: shards]"),
+]
+Resolutions = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--resolution", metavar="N", min=16, help="About N x N px. Repeatable. [default: 1024]"
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print buckets, counts, bytes and bad files; load no model."),
+]
+NoCaptions = Annotated[
+    bool, typer.Option("--no-captions", help="Leave caption texts out of the shards.")
+]
+NoSourceNames = Annotated[
+    bool, typer.Option("--no-source-names", help="Leave file names out of the shards.")
+]
+# ---- train -----------------------------------------------------------------------------------
+ShardSets = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="SHARDS", help="Shard sets. [default: shards]", show_default=False),
+]
+TrainModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="M",
+        help="Hugging Face id (id@revision) or local folder. [default: the shards' own]",
+    ),
+]
+Run = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="RUN", help="Folder of the run. [default: output]"),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--max-train-steps", metavar="N", min=1, help="Optimizer steps. [default: 3000]"),
+]
+Rank = Annotated[
+    int | None, typer.Option("--rank", metavar="R", min=1, help="LoRA rank. [default: 16]")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="S", min=0, help="Seed of every choice. [default: 0]"),
+]
 Processes = Annotated[
     int | None,
     typer.Option("--num-processes", metavar="N", min=1, help="Devices to train on. [default: 1]"),
 ]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard the run's checkpoints and begin again.")
+]
 
 
 def precompute(
-    dataset: Annotated[
-        Path | None,
-        typer.Argument(metavar="DATASET", help="Folder of captioned images.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="M",
-            help="Hugging Face id (id@revision) or local folder. [default: Qwen/Qwen-Image]",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="SHARDS", help="The shard set. [default: shards]"),
-    ] = None,
+    dataset: Dataset = None,
+    model: EncoderModel = None,
+    output: ShardsOut = None,
     config: Config = None,
-    resolution: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--resolution", metavar="N", min=16, help="About N x N px. Repeatable. [default: 1024]"
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print buckets, counts, bytes and bad files; load no model."
-        ),
-    ] = False,
-    no_captions: Annotated[
-        bool, typer.Option("--no-captions", help="Leave caption texts out of the shards.")
-    ] = False,
-    no_source_names: Annotated[
-        bool, typer.Option("--no-source-names", help="Leave file names out of the shards.")
-    ] = False,
+    resolution: Resolutions = None,
+    dry_run: DryRun = False,
+    no_captions: NoCaptions = False,
+    no_source_names: NoSourceNames = False,
     set_options: SetOptions = None,
 ) -> None:
     """Encode captioned images once: latents and prompt embeddings to a shard set.
@@ -93,40 +131,15 @@ def precompute(
 
 
 def train(
-    shards: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="SHARDS", help="Shard sets. [default: shards]", show_default=False),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="M",
-            help="Hugging Face id (id@revision) or local folder. [default: the shards' own]",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="RUN", help="Folder of the run. [default: output]"),
-    ] = None,
+    shards: ShardSets = None,
+    model: TrainModel = None,
+    output: Run = None,
     config: Config = None,
-    max_train_steps: Annotated[
-        int | None,
-        typer.Option(
-            "--max-train-steps", metavar="N", min=1, help="Optimizer steps. [default: 3000]"
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", min=1, help="LoRA rank. [default: 16]")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="S", min=0, help="Seed of every choice. [default: 0]"),
-    ] = None,
+    max_train_steps: Steps = None,
+    rank: Rank = None,
+    seed: Seed = None,
     num_processes: Processes = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard the run's checkpoints and begin again.")
-    ] = False,
+    restart: Restart = False,
     set_options: SetOptions = None,
 ) -> None:
     """Train a LoRA from shard sets; loads the transformer alone.
