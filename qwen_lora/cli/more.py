@@ -9,7 +9,6 @@ import typer
 
 from qwen_lora.errors import InputError
 
-
 # ---- sample ----------------------------------------------------------------------------------
 Prompts = Annotated[
     list[str], typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")
