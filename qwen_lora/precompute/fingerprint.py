@@ -11,6 +11,7 @@ from qwen_lora import __version__
 from qwen_lora.config.schema import DataConfig, Settings
 from qwen_lora.errors import InputError
 from qwen_lora.models import ModelFolder, weight_hashes
+from qwen_lora.precompute.images import RESIZE_ALGORITHM
 from qwen_lora.shards.format import Fingerprint, Manifest
 
 LATENT_DTYPE = "float16"
@@ -54,7 +55,10 @@ def _weights(model: ModelFolder, component: str, cache_file: Path) -> list[str]:
 
 def pixel_facts(data: DataConfig) -> dict[str, str]:
     """How a decoded image becomes a bucket's pixels, as names that change with the algorithm."""
-    return {"resize": f"{data.resize}-1", "alpha_background": data.alpha_background.lower()}
+    return {
+        "resize": RESIZE_ALGORITHM[data.resize],
+        "alpha_background": data.alpha_background.lower(),
+    }
 
 
 def made_by(settings: Settings, device_type: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from qwen_lora.shards.writer import predicted_record_bytes
 
 DEFAULT_MODEL = "Qwen/Qwen-Image"
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
-TAR_END_BYTES = 10_240  # a tar is padded to whole records of 20 blocks
+TAR_END_BYTES = 1_024 + 10_240  # at most: two empty blocks, then padding to 20 blocks
 CAPTIONS_AT_ONCE = 1024  # given to the tokenizer in one call
 
 

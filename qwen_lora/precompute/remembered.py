@@ -19,6 +19,7 @@ from qwen_lora.precompute.types import Candidate, ImageSource, Inspection, Skip
 
 SETTLED_NS = 2_000_000_000  # a file younger than this may still change within one clock tick
 DECODERS = ("pillow", "opencv-python-headless", "opencv-python", "pillow-heif")
+PASSING = ("unreadable", "source_changed")  # reasons that say nothing about the image
 
 
 def decoder_versions() -> dict[str, str]:
@@ -75,7 +76,7 @@ class RememberedFailures:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._rules = {"decoders": decoder_versions()}
+        self._rules = {"decoders": decoder_versions(), "torch": version("torch")}
         self._known: dict[str, list[str]] = _load(file, self._rules)
 
     def find(self, sample_id: str, name: str) -> Skip | None:
@@ -86,7 +87,11 @@ class RememberedFailures:
         return {each: self._known[each] for each in sample_ids if each in self._known}
 
     def remember(self, failures: Mapping[str, Skip]) -> None:
-        known = {each: [skip.reason, skip.detail] for each, skip in failures.items()}
+        known = {
+            each: [skip.reason, skip.detail]
+            for each, skip in failures.items()
+            if skip.reason not in PASSING
+        }
         if known.items() <= self._known.items():
             return
         self._known.update(known)

@@ -10,7 +10,10 @@ from PIL import Image
 
 from qwen_lora.errors import InputError
 from qwen_lora.families.qwen_image import QwenImage
+from qwen_lora.models import resolve_model
 from qwen_lora.posix import exclusive_lock
+from qwen_lora.precompute import plan
+from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.run import precompute
 from qwen_lora.shards.reader import ShardSet
 from tests.precompute.conftest import published
@@ -360,8 +363,37 @@ def test_dry_run_tells_and_writes_nothing(make_settings, dataset, no_encoders, c
     assert "96 x 96" in text
 
 
-def test_dry_run_predicts_the_exact_size(make_settings, dataset, capsys):
+def test_a_dry_run_knows_what_is_there(make_settings, dataset, image_folder):
     settings = make_settings({"img_dir": dataset})
     precompute(settings)
-    capsys.readouterr()
-    assert precompute(settings, dry_run=True).unchanged == 4
+    for name in ("06.png", "06.txt"):
+        shutil.copy(image_folder / name, dataset)
+    before = published(settings.shards_dir)
+    summary = precompute(settings, dry_run=True)
+    assert (summary.written, summary.unchanged) == (1, 4)
+    assert published(settings.shards_dir) == before
+
+
+@pytest.mark.parametrize("posterior", ["mode", "mean_std"])
+def test_sizes_are_predicted_to_the_byte(make_settings, tiny_model, tmp_path, posterior):
+    settings = make_settings(vae_posterior=posterior)
+    precompute(settings)
+    shards = ShardSet.open(settings.shards_dir)
+    sizes = {entry.tar.name: entry.tar.bytes for entry in shards.manifest.shards}
+    fingerprint = shards.manifest.fingerprint
+    ids = {}
+    for row, sample_id in enumerate(shards.table.sample_id):
+        ids[sample_id] = shards.manifest.shards[shards.table.shard[row]].tar.name
+    shards.close()
+
+    model = resolve_model(str(tiny_model), plan.ENCODER_PARTS)
+    remembered = RememberedSources(tmp_path / "none.json", {})
+    images = plan.accept_images(plan.scan(settings), settings, 16, remembered)
+    wanted = plan.name_samples(images, fingerprint)
+    planned = plan.plan_shards(list(wanted.samples.values()), model, settings)
+    for shard in planned:
+        names = {ids[item.sample_id] for item in shard}
+        assert len(names) == 1
+        end = sum(item.predicted_bytes for item in shard) + 1024
+        assert sizes[names.pop()] == -(-end // 10240) * 10240
+    assert plan.needed_bytes(planned, sequential=False) >= sum(sizes.values())
