@@ -136,7 +136,9 @@ def run_facts(
 
 
 def dtype_name(settings: Settings, device: torch.device) -> str:
-    return {"auto":"float32","no":"float32","bf16":"bfloat16","fp16":"float16"}[settings.mixed_precision]
+    return {"auto": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}[
+        settings.mixed_precision
+    ]
 
 
 def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:

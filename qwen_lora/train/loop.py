@@ -9,6 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import Stopped
 from qwen_lora.progress import Progress
@@ -162,6 +164,9 @@ class Loop:
         }
         if self.parts.stepper.scaler.is_enabled():
             row["loss_scale"] = self.parts.stepper.scaler.get_scale()
+        if self.ranks.device.type == "cuda":  # a counter on the host, no wait for the device
+            peak = torch.cuda.max_memory_allocated(self.ranks.device)
+            row["peak_memory_gib"] = round(peak / 2**30, 3)
         self._write(row)
         self.state = replace(state, interval_losses=())
         self._timed_steps, self._timed_samples, self._timed_s = 0, 0, 0.0

@@ -10,6 +10,7 @@ gloo group on the host: they never wait for a GPU. They are JSON; nothing is eve
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,12 +35,15 @@ def start_ranks(settings: Settings) -> Ranks:
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=list(settings.report_to) or None,
-        project_dir=settings.output_dir / settings.logging_dir,
-    )
+    with warnings.catch_warnings():
+        # It chooses a number of CPU threads when nobody did, and warns on every rank.
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            log_with=list(settings.report_to) or None,
+            project_dir=settings.output_dir / settings.logging_dir,
+        )
     ranks = Ranks(accelerator)
     if settings.num_processes not in (1, ranks.world):
         ranks.close()
@@ -157,7 +161,7 @@ class Ranks:
         from accelerate.state import AcceleratorState
 
         if self.world > 1:
-            self.accelerator.end_training()
+            dist.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
 
     def _broadcast_json(self, value: Any) -> Any:

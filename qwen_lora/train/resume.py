@@ -84,21 +84,33 @@ def check_resume(run: Path, old: RunFacts, new: RunFacts, settings: Settings) ->
         for name, value in new.settings.items()
         if name not in _OWN_RULE and name in old.settings and old.settings[name] != value
     ]
+    problems += _weight_problem(old, new)
     problems += _length_problem(old, new, settings)
     for name, what in (
         ("compute_dtype", "the compute type (mixed_precision)"),
         ("base_model", "the base model's content"),
         ("fingerprints", "the shard sets' fingerprints"),
-        ("plan_id", "the set of live samples"),
     ):
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
             problems.append(f"{what} was {_short(before)}, now {_short(now)}")
+    if not problems and old.plan_id != new.plan_id:  # otherwise it only follows from the others
+        problems.append(
+            f"the shards hold other samples than {', '.join(old.generations)} of the first start"
+        )
     if problems:
         raise InputError(
             f"cannot continue {run}: " + "; ".join(problems) + ". Put the old values back, "
             "choose another --output, or start over with --restart"
         )
+
+
+def _weight_problem(old: RunFacts, new: RunFacts) -> list[str]:
+    """Shard sets may have moved; their weights may not change."""
+    before, now = (
+        [source["weight"] for source in facts.settings["shards"]] or [1.0] for facts in (old, new)
+    )
+    return [f"the weights of shards were {before}, now {now}"] if before != now else []
 
 
 def _length_problem(old: RunFacts, new: RunFacts, settings: Settings) -> list[str]:

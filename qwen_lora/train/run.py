@@ -100,9 +100,10 @@ def _loop(
     trackers = Trackers(ranks.accelerator, settings)
 
     def publish(now: TrainState) -> None:
-        checkpoint = snapshot(trainable, facts, now)
-        keep = settings.checkpoints_total_limit
-        ranks.on_main(lambda: run.store.save(checkpoint, keep) and None)
+        def write() -> None:
+            run.store.save(snapshot(trainable, facts, now), settings.checkpoints_total_limit)
+
+        ranks.on_main(write)
 
     say_what_runs(ranks, settings, plan, trainable, state.step)
     parts = LoopParts(
@@ -147,6 +148,5 @@ def _export(
         run.write_result(state.step)
         if run.metrics.exists():
             plot_loss(run.metrics, run.plot)
-        print(f"{run.lora}: {state.step} steps", file=sys.stderr)
 
     ranks.on_main(write)

@@ -122,10 +122,13 @@ class Stepper:
         for position, micro in enumerate(work):
             with self._gradients_stay_local(position < len(work) - 1):
                 torch.manual_seed(dropout_seed(self._seed, step, micro.index))
-                losses = self.model(on_device(micro.batch, device))  # [B] float32
                 # DDP averages over ranks: the factor makes it the sum again.
                 scale = micro.weight * self.ranks.world / step_samples
-                self.ranks.accelerator.backward(self.scaler.scale(losses.sum() * scale))
+                try:
+                    losses = self.model(on_device(micro.batch, device))  # [B] float32
+                    self.ranks.accelerator.backward(self.scaler.scale(losses.sum() * scale))
+                except torch.OutOfMemoryError as error:
+                    raise _out_of_memory(step, micro.batch) from error
             sample_losses.append(losses.detach())
             loss_sum += losses.detach().sum() * micro.weight
         self.scaler.unscale_(self.optimizer)
@@ -179,6 +182,16 @@ class Stepper:
             f"{tried}; nothing was updated. Samples: {names}. "
             "Lower learning_rate or check these images; earlier checkpoints are intact"
         )
+
+
+def _out_of_memory(step: int, batch: LoadedBatch) -> QwenLoraError:
+    height, width = batch.latents.shape[-2:]
+    longest = max(len(embeds) for embeds in batch.prompt_embeds)
+    return QwenLoraError(
+        f"step {step + 1}: the GPU's memory is too small for a micro-batch of {batch.size} with "
+        f"latents of {height} x {width} and {longest} text tokens; lower train_batch_size, turn "
+        "gradient_checkpointing on, or set base_precision: nf4. Checkpoints are intact"
+    )
 
 
 def on_device(batch: LoadedBatch, device: torch.device) -> LoadedBatch:

@@ -42,7 +42,8 @@ class Trackers:
 
     def close(self) -> None:
         if self._on:
-            self._try(self._accelerator.end_training)
+            for tracker in self._accelerator.trackers:
+                self._try(tracker.finish)
 
     def _start(self, settings: Settings) -> None:
         folder = settings.output_dir / settings.logging_dir

@@ -155,6 +155,7 @@ def test_restart_forgets_the_run_and_nothing_else(make_settings: MakeSettings) -
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1, now 2"),
         ({"data_caption_dropout_rate": 0.3}, "caption_dropout_rate was 0.1, now 0.3"),
         ({"mixed_precision": "bf16"}, "was float32, now bfloat16"),
+        ({"data_group_weights": {"": 2.0}}, r"group_weights was {}, now {'': 2.0}"),
         ({"lr_scheduler": "cosine"}, "lr_scheduler was 'constant', now 'cosine'"),
     ],
 )
@@ -184,6 +185,14 @@ def stopped_run(
     )
     interrupt(settings, 2)
     return folder
+
+
+def test_changed_weights_of_shard_sets_are_refused(
+    make_settings: MakeSettings, stopped_run: Path, train_shards: Path
+) -> None:
+    same = make_settings(output_dir=stopped_run, max_train_steps=2, shards=[{"path": train_shards}])
+    with pytest.raises(InputError, match=r"weights of shards were \[1.0\], now \[3.0\]"):
+        train(same.model_copy(update={"shards": [ShardSource(path=train_shards, weight=3.0)]}))
 
 
 def test_all_changes_are_named_together(make_settings: MakeSettings, stopped_run: Path) -> None:
@@ -230,7 +239,7 @@ def test_later_appends_do_not_disturb_a_run(make_settings: MakeSettings, tmp_pat
     (second,) = set(shards.glob("manifest-*.json")) - {first}
     second.unlink()
     random_set(shards, 7)
-    with pytest.raises(InputError, match="set of live samples"):
+    with pytest.raises(InputError, match="hold other samples than manifest-"):
         train(settings)
 
 
@@ -343,6 +352,33 @@ def test_neither_encoder_is_ever_made(
     names = {path.name for path in Path(str(settings.pretrained_model_name_or_path)).iterdir()}
     assert names == {"transformer", "scheduler", "model_index.json"}
     assert train(settings).lora.exists()
+
+
+def test_a_step_is_the_mean_over_its_samples_however_they_are_batched(
+    make_settings: MakeSettings,
+) -> None:
+    """An epoch of 9 samples as one step: 9 micro-batches of 1, 5 of up to 2, 4 of up to 3. Samples
+    alone are the same everywhere, so loss and gradient must be, too."""
+    rows = []
+    for size, count in ((1, 9), (2, 5), (3, 4)):
+        settings = make_settings(
+            f"by{size}",
+            train_batch_size=size,
+            gradient_accumulation_steps=count,
+            max_train_steps=2,
+            logging_steps=1,
+        )
+        state = CheckpointStore(train(settings).lora.parent).load(2).state
+        assert (state.epoch, state.epoch_step, state.samples) == (2, 0, 18)
+        rows.append(
+            [
+                (row["loss"], row["grad_norm"])
+                for row in read_metrics(settings.output_dir / "metrics.jsonl")
+            ]
+        )
+    for other in rows[1:]:
+        assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in rows[0]], rel=1e-5)
+        assert [norm for _, norm in other] == pytest.approx([norm for _, norm in rows[0]], rel=1e-4)
 
 
 def test_only_the_lora_changes(make_settings: MakeSettings) -> None:

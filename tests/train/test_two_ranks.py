@@ -19,6 +19,7 @@ from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.checkpoint import CheckpointStore, TrainState
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.loop import upcoming
+from qwen_lora.train.metrics import read_metrics
 from qwen_lora.train.plan import BatchRule, PlanTable
 from qwen_lora.train.run import train
 from qwen_lora.train.timesteps import TimestepSampling
@@ -113,6 +114,9 @@ def test_two_ranks_end_with_the_same_lora(
     states = [CheckpointStore(tmp_path / name).load(20).state for name in ("one", "two")]
     assert states[0].samples == states[1].samples
     assert states[0].smoothed_loss == pytest.approx(states[1].smoothed_loss, rel=1e-5)
+    # Adam hides a wrong scale of the gradient; its norm does not.
+    norms = [gradient_norms(tmp_path / name) for name in ("one", "two")]
+    assert norms[0] == pytest.approx({step: norms[1][step] for step in norms[0]}, rel=1e-4)
 
 
 def test_sigterm_saves_and_the_run_goes_on_with_another_number_of_ranks(
@@ -172,6 +176,11 @@ def test_ranks_that_cannot_share_a_step_are_refused(make_settings: MakeSettings)
         share_of_step(recorded, settings, 5)
     with pytest.raises(InputError, match="was 3, now 4"):
         share_of_step(recorded, make_settings(gradient_accumulation_steps=4), 1)
+
+
+def gradient_norms(run: Path) -> dict[int, float]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return {row["step"]: row["grad_norm"] for row in rows if "grad_norm" in row}
 
 
 def processes_that_mention(text: str) -> list[str]:
