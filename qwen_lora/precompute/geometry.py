@@ -51,10 +51,11 @@ def bucket_list(
 ) -> tuple[tuple[int, int], ...]:
     """All buckets of about `area` pixels with sides a multiple of `step`, in a fixed order.
 
-    For each short side the other is the multiple that comes nearest to the area, so there is one
-    bucket a step and orientation, not one an image.
+    The square, and for each short side the long one that comes nearest to the area: one bucket a
+    step and orientation, not one an image. min_aspect <= 1 <= max_aspect.
     """
-    buckets = set()
+    square = max(1, round(math.sqrt(area) / step)) * step
+    buckets = {(square, square)}
     for multiple in range(1, math.isqrt(area) // step + 2):
         short = multiple * step
         long = max(step, round(area / short / step) * step)
@@ -100,11 +101,6 @@ def _nearest(
     area: int, step: int, min_aspect: float, max_aspect: float, aspect: float
 ) -> tuple[int, int]:
     buckets = bucket_list(area, step, min_aspect, max_aspect)
-    if not buckets:
-        raise InputError(
-            f"no bucket of about {math.isqrt(area)}^2 pixels has sides in multiples of {step} "
-            f"and an aspect from {min_aspect} to {max_aspect}; widen them or lower bucket_step"
-        )
     return min(
         buckets,
         key=lambda size: (abs(math.log(size[1] / size[0] / aspect)), -size[0] * size[1], size),

@@ -76,7 +76,9 @@ def to_rgb(crop: Image.Image, original: Image.Image, background: str) -> Image.I
     if transparency is not None and crop.mode in ("1", "L", "P", "RGB"):
         crop.info["transparency"] = transparency
         crop = crop.convert("RGBA")
-    elif crop.mode in ("P", "PA", "LA", "La", "RGBa"):
+    elif crop.mode == "La":
+        crop = crop.convert("LA").convert("RGBA")
+    elif crop.mode in ("P", "PA", "LA", "RGBa"):
         crop = crop.convert("RGBA" if crop.has_transparency_data else "RGB")
     if crop.mode != "RGBA":
         return _to_srgb(crop, profile)

@@ -81,6 +81,8 @@ def heif_available() -> bool:
 def oriented_size(image: Image.Image, content: bytes) -> tuple[int, int]:
     """[height, width] once the EXIF orientation is applied."""
     height, width = image.height, image.width
+    if image.format == "TIFF":  # Pillow turns these itself and tells the turned size
+        return height, width
     return (width, height) if orientation(image, content) in TURNED else (height, width)
 
 

@@ -1,0 +1,341 @@
+"""Every kind of image that people have: the right pixels, or a reason."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, features
+
+from qwen_lora.config.schema import DataConfig
+from qwen_lora.precompute import inspect as inspection_module
+from qwen_lora.precompute.images import DecodeError, decode_image, resize, to_rgb
+from qwen_lora.precompute.inspect import inspect_image
+from qwen_lora.precompute.types import Candidate, ImageSource, Inspection, Skip
+from qwen_lora.shards.format import Geometry
+
+SIDE = 64
+RED, GREEN = (200, 10, 10), (10, 200, 10)
+
+
+def picture() -> Image.Image:
+    """64 x 96 (height x width): red above green, a blue corner at the top left."""
+    pixels = np.zeros((SIDE, 96, 3), np.uint8)
+    pixels[:32], pixels[32:] = RED, GREEN
+    pixels[:16, :16] = (10, 10, 200)
+    return Image.fromarray(pixels)
+
+
+def inspect(path: Path, data: DataConfig | None = None) -> Inspection | Skip:
+    return inspect_image(
+        Candidate(ImageSource(path.name, path), ("a caption",)), data or DataConfig()
+    )
+
+
+def pixels_of(path: Path, data: DataConfig | None = None) -> np.ndarray:
+    """The whole image, not resized."""
+    found = inspect(path, data)
+    assert isinstance(found, Inspection), found
+    height, width = found.original_size
+    geometry = Geometry((0, 0, height, width), (height, width))
+    return decode_image(found, geometry, data or DataConfig())
+
+
+def reason(path: Path, data: DataConfig | None = None) -> str:
+    """Why inspection or, if that passes, decoding refuses the file."""
+    found = inspect(path, data)
+    if isinstance(found, Skip):
+        return found.reason
+    height, width = found.original_size
+    geometry = Geometry((0, 0, height, width), (height, width))
+    with pytest.raises(DecodeError) as error:
+        decode_image(found, geometry, data or DataConfig())
+    return error.value.reason
+
+
+def close(found: np.ndarray, expected: Image.Image, tolerance: int) -> bool:
+    difference = found.astype(int) - np.asarray(expected.convert("RGB")).astype(int)
+    return bool(np.abs(difference).max() <= tolerance)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp"])
+def test_lossless_formats(tmp_path: Path, name: str) -> None:
+    picture().save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    assert close(pixels_of(tmp_path / name), picture(), 0)
+
+
+def test_jpeg_and_avif(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.jpg", quality=98, subsampling=0)
+    assert close(pixels_of(tmp_path / "a.jpg"), picture(), 4)
+    assert features.check("avif")
+    picture().save(tmp_path / "a.avif", quality=98, subsampling="4:4:4")
+    assert close(pixels_of(tmp_path / "a.avif"), picture(), 8)
+
+
+def test_heic_needs_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "a.heic"
+    pillow_heif.from_pillow(picture()).save(path, quality=95)
+    assert close(pixels_of(path), picture(), 24)
+    monkeypatch.setattr(inspection_module, "heif_available", lambda: False)
+    found = inspect(path)
+    assert isinstance(found, Skip) and "qwen-lora[heif]" in found.detail
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """However a camera was held, the picture is the same."""
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = picture().transpose(undo[orientation]) if orientation > 1 else picture()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    options = {"quality": 98, "subsampling": 0} if suffix == "jpg" else {}
+    stored.save(path, exif=exif, **options)
+    found = inspect(path)
+    assert isinstance(found, Inspection) and found.original_size == (SIDE, 96)
+    assert close(pixels_of(path), picture(), 4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "tolerance"),
+    [("L", "png", 0), ("1", "png", 0), ("P", "png", 0), ("CMYK", "tif", 3), ("LAB", "tif", 16)],
+)
+def test_colour_modes(tmp_path: Path, mode: str, suffix: str, tolerance: int) -> None:
+    path = tmp_path / f"a.{suffix}"
+    stored = picture().convert(mode)
+    stored.save(path)
+    expected = picture() if mode in ("CMYK", "LAB") else stored.convert("RGB")
+    assert close(pixels_of(path), expected, tolerance)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    ramp = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+    found = pixels_of(tmp_path / f"a.{suffix}")
+    assert np.abs(found[..., 0].astype(float) - ramp / 257).max() <= 1
+    assert found.min() == 0 and found.max() == 255
+
+
+def test_big_endian_16_bits(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(">u2")
+    image = Image.frombytes("I;16B", (SIDE, SIDE), ramp.tobytes())
+    image.save(tmp_path / "a.tif")
+    found = pixels_of(tmp_path / "a.tif")
+    assert np.abs(found[..., 0].astype(float) - ramp.astype(float) / 257).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("La", (0, 0))]
+)
+def test_transparency_is_put_on_white(tmp_path: Path, mode: str, colour: tuple[int, ...]) -> None:
+    if mode == "La":
+        image = Image.new("LA", (SIDE, SIDE), colour).convert("La")
+        assert (np.asarray(to_rgb(image, image, "#ffffff")) == 255).all()
+        return
+    path = tmp_path / "a.png"
+    Image.new(mode, (SIDE, SIDE), colour).save(path)
+    assert (pixels_of(path) == 255).all()
+    blue = DataConfig(alpha_background="#0000ff")
+    assert (pixels_of(path, blue) == (0, 0, 255)).all()
+
+
+def test_half_transparent_mixes_with_the_background(tmp_path: Path) -> None:
+    Image.new("RGBA", (SIDE, SIDE), (200, 0, 0, 128)).save(tmp_path / "a.png")
+    assert np.abs(pixels_of(tmp_path / "a.png").astype(int) - (227, 127, 127)).max() <= 1
+
+
+def test_transparent_colours_and_palettes(tmp_path: Path) -> None:
+    picture().save(tmp_path / "rgb.png", transparency=RED)
+    assert pixels_of(tmp_path / "rgb.png")[20, 60].tolist() == [255, 255, 255]
+    palette = Image.new("P", (SIDE, SIDE), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert (pixels_of(tmp_path / "p.png") == 255).all()
+
+
+def test_icc_profiles_are_applied(tmp_path: Path) -> None:
+    """A profile that is far from sRGB changes the pixels as ImageCms itself does."""
+    lab = ImageCms.createProfile("LAB")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture().save(tmp_path / "srgb.png", icc_profile=profile)
+    assert close(pixels_of(tmp_path / "srgb.png"), picture(), 1)
+    # A profile for other pixels than the image's, and one that is rubbish, mean sRGB.
+    wrong = ImageCms.ImageCmsProfile(lab).tobytes()
+    picture().save(tmp_path / "lab.png", icc_profile=wrong)
+    picture().save(tmp_path / "broken.png", icc_profile=b"not a profile")
+    assert close(pixels_of(tmp_path / "lab.png"), picture(), 0)
+    assert close(pixels_of(tmp_path / "broken.png"), picture(), 0)
+
+
+def test_a_swapped_primaries_profile_swaps_colours(tmp_path: Path) -> None:
+    """sRGB's profile with its red and green primaries exchanged turns red into green."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(profile[132 + 12 * k : 136 + 12 * k]): 132 + 12 * k for k in range(profile[131])}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    picture().save(tmp_path / "a.png", icc_profile=bytes(profile))
+    found = pixels_of(tmp_path / "a.png")
+    assert np.abs(found[20, 60].astype(int) - GREEN).max() <= 2
+    assert np.abs(found[50, 60].astype(int) - RED).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.tif"])
+def test_animations_and_pages(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    others = [picture().rotate(90), picture().rotate(180)]
+    options = {"lossless": True} if name == "a.webp" else {}
+    picture().save(path, save_all=True, append_images=others, **options)
+    assert reason(path) == "animated"
+    assert close(pixels_of(path, DataConfig(animated="first")), picture(), 0)
+
+
+def test_float_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((SIDE, SIDE), np.float32)).save(tmp_path / "a.tif")
+    assert reason(tmp_path / "a.tif") == "float_pixels"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"GIF89a" + bytes(100), "none of JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "undecodable"),
+    ],
+)
+def test_what_is_no_image_says_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    found = inspect(tmp_path / "a.jpg")
+    assert isinstance(found, Skip) and found.reason == "undecodable"
+    assert said in f"{found.reason} {found.detail}"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_no_truncation_is_accepted(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    noise.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix])
+    whole = buffer.getvalue()
+    # What comes after the last pixel (PNG's end chunk, JPEG's end mark) may be missing.
+    pixels_end = len(whole) - (12 if suffix == "png" else 2)
+    lengths = random.Random(0).sample(range(pixels_end - 4), 60)
+    path = tmp_path / f"a.{suffix}"
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        assert reason(path) == "undecodable", length
+
+
+def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (13300, 13300)).save(tmp_path / "bomb.png")
+
+    def decoded(self: Image.Image) -> None:
+        raise AssertionError("a pixel was decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    assert reason(tmp_path / "bomb.png") == "too_many_pixels"
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture().save(path)
+    found = inspect(path)
+    assert isinstance(found, Inspection)
+    picture().rotate(180).save(path)
+    with pytest.raises(DecodeError) as error:
+        decode_image(found, Geometry((0, 0, SIDE, SIDE), (SIDE, SIDE)), DataConfig())
+    assert error.value.reason == "source_changed"
+    path.unlink()
+    with pytest.raises(DecodeError, match="unreadable"):
+        decode_image(found, Geometry((0, 0, SIDE, SIDE), (SIDE, SIDE)), DataConfig())
+    gone = inspect(path)
+    assert isinstance(gone, Skip) and gone.reason == "unreadable"
+
+
+def test_an_image_inside_a_tar(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "0001.png")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        member = tar.getmember("0001.png")
+    source = ImageSource("a.tar/0001.png", tmp_path / "a.tar", member.offset_data, member.size)
+    found = inspect_image(Candidate(source, ("x",)), DataConfig())
+    assert isinstance(found, Inspection)
+    geometry = Geometry((0, 0, SIDE, 96), (SIDE, 96))
+    assert close(decode_image(found, geometry, DataConfig()), picture(), 0)
+
+
+def test_crop_then_resize_then_flip(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture().save(path)
+    found = inspect(path)
+    assert isinstance(found, Inspection)
+    left = decode_image(found, Geometry((0, 0, 16, 16), (16, 16)), DataConfig())
+    assert (left == (10, 10, 200)).all()
+    plain = decode_image(found, Geometry((0, 0, 64, 96), (32, 48)), DataConfig())
+    mirrored = decode_image(found, Geometry((0, 0, 64, 96), (32, 48), True), DataConfig())
+    assert (mirrored == plain[:, ::-1]).all() and mirrored.flags.c_contiguous
+
+
+@pytest.mark.parametrize("how", ["fast", "exact"])
+@pytest.mark.parametrize("size", [(32, 48), (128, 192)])
+def test_resizing_keeps_flat_colours_and_size(how: str, size: tuple[int, int]) -> None:
+    found = resize(picture(), size, how)
+    assert found.shape == (*size, 3) and found.dtype == np.uint8
+    assert found[size[0] // 4, size[1] * 3 // 4].tolist() == list(RED)
+    assert found[size[0] * 3 // 4, size[1] // 2].tolist() == list(GREEN)
+
+
+def test_exact_is_pillows_lanczos() -> None:
+    expected = picture().resize((40, 24), Image.Resampling.LANCZOS)
+    assert (resize(picture(), (24, 40), "exact") == np.asarray(expected)).all()
+
+
+def test_random_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
+    """Flipped bits give pixels or a reason, never an exception."""
+    makers: list[Callable[[Path], None]] = [
+        lambda path: picture().save(path, "PNG"),
+        lambda path: picture().save(path, "JPEG"),
+        lambda path: picture().save(path, "TIFF"),
+        lambda path: picture().save(path, "WEBP"),
+        lambda path: picture().save(path, "BMP"),
+    ]
+    path = tmp_path / "a.jpg"
+    rng = random.Random(0)
+    for make in makers:
+        make(path)
+        whole = path.read_bytes()
+        for _ in range(40):
+            changed = bytearray(whole)
+            for _ in range(3):
+                changed[rng.randrange(min(len(changed), 600))] = rng.randrange(256)
+            path.write_bytes(changed)
+            import warnings
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = inspect(path, DataConfig(max_pixels=1_000_000))
+                if isinstance(found, Inspection):
+                    size = found.original_size
+                    try:
+                        decode_image(found, Geometry((0, 0, *size), size), DataConfig())
+                    except DecodeError:
+                        pass
