@@ -202,8 +202,9 @@ def _encode_batch(
 ) -> None:
     station.check()
     images = torch.from_numpy(np.stack([image for _, image in batch]))  # [B, H, W, 3] uint8
-    pixels = images.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0  # [B, 3, H, W] in [-1, 1]
-    encoded = station.encoders.latent().encode(pixels.contiguous())
+    images = images.to(station.encoders.device).permute(0, 3, 1, 2).contiguous()
+    pixels = images.float() / 255.0 * 2.0 - 1.0  # [B, 3, H, W] in [-1, 1]
+    encoded = station.encoders.latent().encode(pixels)
     for index, (item, _) in enumerate(batch):
         tensors = stored_latents(
             encoded.mean[index], encoded.std[index], station.settings.vae_posterior

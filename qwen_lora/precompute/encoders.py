@@ -49,7 +49,8 @@ class Encoders:
         placement: Placement,
         quiet: bool = False,
     ) -> None:
-        self._model, self._settings, self._device = model, settings, device
+        self._model, self._settings = model, settings
+        self.device = device
         self._quiet = quiet
         self.placement = placement
         self._text: PromptEncoder | None = None
@@ -60,7 +61,7 @@ class Encoders:
             self._say("loading the text encoder")
             self._text = self._model.family.load_prompt_encoder(
                 self._model,
-                device=self._device,
+                device=self.device,
                 dtype=getattr(torch, self._settings.text_encoder_dtype),
                 quantization=self._settings.text_encoder_quantization,
                 offload=self.placement == "offload",
@@ -71,7 +72,7 @@ class Encoders:
         if self._latent is None:
             self._say("loading the VAE")
             self._latent = self._model.family.load_latent_encoder(
-                self._model, device=self._device, dtype=getattr(torch, self._settings.vae_dtype)
+                self._model, device=self.device, dtype=getattr(torch, self._settings.vae_dtype)
             )
         return self._latent
 
@@ -79,13 +80,13 @@ class Encoders:
         """Give the text encoder's memory back before the VAE needs it."""
         self._text = None
         gc.collect()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _say(self, text: str) -> None:
         if not self._quiet:
             where = " (streamed from host memory)" if self.placement == "offload" else ""
-            print(f"{text} on {self._device}{where if 'text' in text else ''}", file=sys.stderr)
+            print(f"{text} on {self.device}{where if 'text' in text else ''}", file=sys.stderr)
 
 
 @contextmanager

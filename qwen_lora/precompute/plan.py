@@ -53,6 +53,8 @@ def dataset_folder(settings: Settings) -> Path:
     dataset = settings.data_config.img_dir
     if dataset is None:
         raise InputError("no dataset: name a folder of images, or set data_config.img_dir")
+    if not dataset.exists():
+        raise InputError(f"dataset {dataset} does not exist")
     if settings.shards_dir.resolve().is_relative_to(dataset.resolve()):
         raise InputError(
             f"the output {settings.shards_dir} lies inside the dataset {dataset}; name another "

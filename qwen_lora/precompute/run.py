@@ -19,7 +19,7 @@ from qwen_lora.precompute.order import (
     failures_from_json,
     failures_to_json,
 )
-from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS
+from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder
 from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
 from qwen_lora.precompute.world import World
@@ -74,6 +74,7 @@ def _resolve(settings: Settings, world: World) -> ModelFolder:
     """Rank 0 first: it may download, and the others find it in the cache."""
     name = settings.pretrained_model_name_or_path or DEFAULT_MODEL
     if world.first:
+        dataset_folder(settings)  # what is plainly wrong is said before anything is made
         model = resolve_model(name, ENCODER_PARTS)
         world.share(True)
         return model

@@ -344,6 +344,15 @@ def test_a_second_run_at_once_is_refused(make_settings):
         precompute(settings)
 
 
+def test_a_missing_dataset_leaves_nothing_behind(make_settings, tmp_path):
+    settings = make_settings({"img_dir": tmp_path / "nothing-here"})
+    with pytest.raises(InputError, match="nothing-here does not exist"):
+        precompute(settings)
+    with pytest.raises(InputError, match="no dataset"):
+        precompute(make_settings({"img_dir": None}))
+    assert not settings.shards_dir.exists()
+
+
 def test_output_inside_the_dataset_is_refused(make_settings, dataset):
     with pytest.raises(InputError, match="lies inside the dataset"):
         precompute(make_settings({"img_dir": dataset}, shards_dir=dataset / "shards"))

@@ -1,6 +1,7 @@
 """Runs that are stopped in the middle, or shared by two processes, end with the same bytes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,37 +100,61 @@ def test_a_signal_keeps_whole_shards(settings, unbroken, monkeypatch, signum):
     assert published(settings.shards_dir) == unbroken
 
 
-def test_a_full_disk_is_one_clear_error_and_the_rest_follows(settings, unbroken, monkeypatch):
+def fail_at_the_third(monkeypatch, error: OSError) -> None:
     write_shard, calls = writer.write_shard, []
 
-    def full_at_the_third(*arguments):
+    def write(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            raise OSError(28, "No space left on device")
+            raise error
         return write_shard(*arguments)
 
-    monkeypatch.setattr(writer, "write_shard", full_at_the_third)
-    with pytest.raises(QwenLoraError, match="No space left on device"):
-        precompute(settings)
-    monkeypatch.setattr(writer, "write_shard", write_shard)
+    monkeypatch.setattr(writer, "write_shard", write)
+
+
+@pytest.mark.parametrize("placement", ["together", "sequential"])
+def test_a_full_disk_is_one_clear_error_and_the_rest_follows(
+    make_settings, tmp_path, unbroken, placement
+):
+    settings = make_settings(
+        shards_dir=tmp_path / "broken", shard_max_samples=2, encoder_placement=placement
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at_the_third(patch, OSError(28, "No space left on device"))
+        with pytest.raises(QwenLoraError, match="No space left on device"):
+            precompute(settings)
     precompute(settings)
     assert published(settings.shards_dir) == unbroken
 
 
-def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings, monkeypatch):
-    write_shard, calls = writer.write_shard, []
+def test_a_broken_image_does_not_shift_the_cuts(make_settings, tmp_path, image_folder):
+    """A shard that lacks an undecodable sample is recognised by a rerun."""
+    dataset = tmp_path / "dataset"
+    shutil.copytree(image_folder, dataset)
+    for name in ("03.png", "07.png"):
+        data = (dataset / name).read_bytes()
+        (dataset / name).write_bytes(data[: len(data) // 2])
 
-    def stop_at_the_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError(5, "Input/output error")
-        return write_shard(*arguments)
+    def settings(name: str) -> Settings:
+        data = {"img_dir": dataset}
+        return make_settings(data, shards_dir=tmp_path / name, shard_max_samples=3)
 
-    monkeypatch.setattr(writer, "write_shard", stop_at_the_third)
-    with pytest.raises(QwenLoraError, match="Input/output error"):
-        precompute(settings)
+    assert precompute(settings("unbroken")).skipped == 2
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at_the_third(patch, OSError(5, "Input/output error"))
+        with pytest.raises(QwenLoraError, match="Input/output error"):
+            precompute(settings("broken"))
+    summary = precompute(settings("broken"))
+    assert (summary.written, summary.skipped) == (10, 2)
+    assert published(tmp_path / "broken") == published(tmp_path / "unbroken")
+
+
+def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings):
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at_the_third(patch, OSError(5, "Input/output error"))
+        with pytest.raises(QwenLoraError, match="Input/output error"):
+            precompute(settings)
     kept = {name for name in published(settings.shards_dir) if name.startswith("shard-")}
-    monkeypatch.setattr(writer, "write_shard", write_shard)
     summary = precompute(make_settings(shards_dir=settings.shards_dir, shard_max_samples=5))
     assert (summary.written, summary.samples) == (12, 12)
     assert kept and kept <= set(published(settings.shards_dir))
