@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_lora.config.kohya import parse_kohya
 from qwen_lora.errors import InputError
 from qwen_lora.train.randomness import Purpose, Words, sample_words, uniform
 
@@ -123,8 +124,6 @@ def _group_weights(
     for group in sorted(set().union(*(set(shard_set.table.group) for shard_set in sets))):
         weight, names = 1.0, [group]
         if kohya_repeats:
-            from qwen_lora.config.kohya import parse_kohya
-
             parsed = parse_kohya(group)
             if parsed is not None:
                 weight, names = float(parsed[0]), [group, parsed[1]]
