@@ -1,0 +1,210 @@
+"""WebDataset tars of images and captions as input. Nothing is extracted to disk.
+
+Members of one sample share their path up to the first dot of the base name (WebDataset's rule).
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from qwen_lora.config.schema import DataConfig
+from qwen_lora.precompute.captions import (
+    CAPTION_MAX_BYTES,
+    CaptionError,
+    caption_types,
+    json_texts,
+    read_sidecar,
+)
+from qwen_lora.precompute.types import Candidate, ImageSource, Skip
+from qwen_lora.precompute.walk import IMAGE_TYPES, UNSUPPORTED_TYPES, file_type, json_name
+
+BLOCK = 512
+CHUNK = 1 << 20
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+
+
+@dataclass
+class TarScan:
+    """What one tar holds."""
+
+    found: list[Candidate | Skip] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)  # images with two captions
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str  # normalised, as the tar has it
+    offset: int  # of its data
+    size: int  # bytes
+
+
+@dataclass
+class _Sample:
+    images: list[_Member] = field(default_factory=list)
+    captions: dict[str, list[_Member]] = field(default_factory=dict)  # by type
+
+
+def scan_tar(path: Path, shown: str, group: str, data: DataConfig) -> TarScan:
+    """The samples of an uncompressed tar; `shown` is its relative name, `group` its first folder.
+
+    A damaged tar gives its whole samples and a Skip `tar_damaged` in the tar's own name.
+    """
+    scan = TarScan()
+    try:
+        with open(path, "rb") as file:
+            if file.read(6).startswith(COMPRESSED):
+                detail = (
+                    "only uncompressed tars are read; decompress it first (gunzip, unzstd, ...)"
+                )
+                scan.found.append(Skip(shown, "tar_compressed", detail))
+                return scan
+            samples: dict[str, _Sample] = {}
+            damage = _list_members(file, shown, samples, scan)
+            for sample in samples.values():
+                _add_sample(file, path, shown, group, sample, data, scan)
+    except OSError as error:
+        damage = error.strerror or type(error).__name__
+    if damage:
+        scan.found.append(Skip(shown, "tar_damaged", damage))
+    return scan
+
+
+def _list_members(
+    file: IO[bytes], shown: str, samples: dict[str, _Sample], scan: TarScan
+) -> str | None:
+    """File the members under their keys; what is wrong with the tar, or None."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if end == 0:
+        return "the tar is empty"
+    seen: set[str] = set()
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all otherwise
+            if info.isreg() and info.offset_data + info.size > end:
+                return f"it ends inside {json_name(info.name)}"
+            _file_member(info, shown, samples, seen, scan)
+        return _trailing(file, tar.offset, end)  # type: ignore[attr-defined]
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        return f"{error}" or type(error).__name__
+
+
+def _trailing(file: IO[bytes], offset: int, end: int) -> str | None:
+    """tarfile stops at the first bad header without a word; a whole tar ends in zeros there."""
+    if end - offset < 2 * BLOCK:
+        return f"it ends at byte {end} without its two closing zero blocks; it may be cut off"
+    file.seek(offset)
+    position = offset
+    while chunk := file.read(CHUNK):
+        if chunk.count(0) != len(chunk):
+            first = position + len(chunk) - len(chunk.lstrip(b"\0"))
+            return f"no valid header at byte {offset}, and data up to its end (byte {first})"
+        position += len(chunk)
+    return None
+
+
+def _file_member(
+    info: tarfile.TarInfo, shown: str, samples: dict[str, _Sample], seen: set[str], scan: TarScan
+) -> None:
+    parts = [part for part in info.name.split("/") if part not in ("", ".")]
+    if info.isdir() or not parts:
+        return
+    name, base = "/".join(parts), parts[-1]
+    if base.startswith("."):
+        scan.ignored["hidden"] += 1
+        return
+    kind = file_type(base)
+    is_image = kind in IMAGE_TYPES
+    if not is_image and kind not in ("txt", "caption", "json"):
+        if kind in UNSUPPORTED_TYPES:
+            detail = f".{kind} files are not read; convert it to PNG, JPEG or WebP"
+            scan.found.append(Skip(_shown(shown, name), "unsupported_type", detail))
+        else:
+            scan.ignored[f".{kind} files in tars"] += 1
+        return
+    problem = None
+    if ".." in parts:
+        problem = "bad_name", "the name leads out of the tar"
+    elif not info.isreg() or info.issparse():
+        problem = "not_a_file", "a link or another special member; only regular ones are read"
+    elif name in seen:
+        problem = "tar_repeated_name", "a second member of this name; the first counts"
+    if problem is not None:
+        scan.found.append(Skip(_shown(shown, name), *problem))
+        return
+    seen.add(name)
+    key = "/".join([*parts[:-1], base.partition(".")[0]])
+    sample = samples.setdefault(key, _Sample())
+    member = _Member(name, info.offset_data, info.size)
+    if is_image:
+        sample.images.append(member)
+    else:
+        sample.captions.setdefault(kind, []).append(member)
+
+
+def _add_sample(
+    file: IO[bytes],
+    path: Path,
+    shown: str,
+    group: str,
+    sample: _Sample,
+    data: DataConfig,
+    scan: TarScan,
+) -> None:
+    if not sample.images:
+        scan.ignored["captions in tars without an image"] += sum(map(len, sample.captions.values()))
+        return
+    if len(sample.images) > 1:
+        detail = "the sample has several images; WebDataset keys end at the first dot"
+        scan.found += [
+            Skip(_shown(shown, image.name), "tar_several_images", detail) for image in sample.images
+        ]
+        return
+    image = sample.images[0]
+    name = _shown(shown, image.name)
+    texts = [
+        (kind, member) for kind in caption_types(data) for member in sample.captions.get(kind, [])
+    ]
+    if len(texts) > 1:
+        texts = [text for text in texts if _has_caption(file, *text)] or texts[:1]
+    if len(texts) > 1:
+        both = " and ".join(os.path.basename(member.name) for _, member in texts[:2])
+        scan.conflicts.append(f"{name} ({both})")
+        return
+    try:
+        if not texts:
+            wanted = ", ".join(f".{kind}" for kind in caption_types(data))
+            raise CaptionError("caption_missing", f"no member of its key with {wanted}")
+        captions = read_sidecar(texts[0][0], _read(file, texts[0][1]), data)
+    except CaptionError as error:
+        scan.found.append(Skip(name, error.reason, error.detail))
+        return
+    source = ImageSource(name, path, image.offset, image.size)
+    first, slash, _ = image.name.partition("/")
+    scan.found.append(Candidate(source, captions, group or (json_name(first) if slash else "")))
+
+
+def _has_caption(file: IO[bytes], kind: str, member: _Member) -> bool:
+    if kind != "json":
+        return True
+    try:
+        json_texts(_read(file, member))
+    except CaptionError as error:
+        return error.reason != "caption_missing"
+    return True
+
+
+def _read(file: IO[bytes], member: _Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(min(member.size, CAPTION_MAX_BYTES + 1))
+
+
+def _shown(tar: str, name: str) -> str:
+    return f"{tar}/{json_name(name)}"
