@@ -93,9 +93,9 @@ def finish_captions(texts: Sequence[str], data: DataConfig) -> tuple[str, ...]:
     """
     for text in texts:
         _check(text)
+    word = data.trigger_word.strip()
     captions = [caption for text in texts for caption in _lines(text, data.caption_lines)]
-    if data.trigger_word:
-        word = data.trigger_word
+    if word:
         captions = [f"{word}, {caption}" if caption else word for caption in captions]
     elif data.empty_caption == "skip":
         captions = [caption for caption in captions if caption]
@@ -116,6 +116,8 @@ def _lines(text: str, mode: str) -> list[str]:
 
 
 def _check(text: str) -> None:
+    if text.startswith("version https://git-lfs"):
+        raise CaptionError("caption_unreadable", "a Git LFS pointer; run `git lfs pull`")
     if "\0" in text:
         raise CaptionError("bad_encoding", "the caption holds a NUL character")
     try:

@@ -127,7 +127,7 @@ def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in pairs:
         if key in row:
-            raise ValueError(f"{json_name(key)!r} is there twice")
+            raise ValueError(f"{key!a} is there twice")
         row[key] = value
     return row
 
@@ -160,16 +160,21 @@ def _file_name(row: dict[str, Any], where: str) -> str:
 def _target(root: Path, folder: str, file_name: str, where: str, images: Collection[str]) -> str:
     """The row's file, relative to the root. Raises InputError."""
     parts = file_name.split("/")
-    shown = file_name.encode("unicode_escape").decode()
+    try:
+        raw = file_name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: {file_name!a} is no file name") from None
+    shown = json_name(raw)
     if os.path.isabs(file_name) or ".." in parts or os.path.splitdrive(file_name)[0]:
         raise InputError(f"{where}: {shown} leads out of the directory; give a name below it")
     inside = "/".join(part for part in parts if part not in ("", "."))
+    inside = os.fsdecode(inside.encode("utf-8", "surrogateescape"))  # as folders are listed
     target = f"{folder}/{inside}" if folder else inside
     if target in images:
         return target
     try:
         exists = bool(inside) and os.path.lexists(root / target)
-    except ValueError:  # a NUL, or half a surrogate pair
+    except ValueError:  # a NUL
         exists = False
     if not exists:
         raise InputError(f"{where}: {shown} is not there; correct the name or remove the row")

@@ -6,7 +6,6 @@ The order is that of the raw bytes of the relative POSIX path, the same on every
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import stat
 from collections import Counter
@@ -27,16 +26,15 @@ from qwen_lora.precompute.metadata import Row, read_metadata
 from qwen_lora.precompute.tar_input import scan_tar
 from qwen_lora.precompute.types import Candidate, ImageSource, Scan, Skip
 from qwen_lora.precompute.walk import (
-    COMPRESSED_TARS,
     METADATA_NAMES,
     Tree,
     file_type,
+    is_tar,
     json_name,
     stem,
     walk,
 )
 
-HEIF_TYPES = ("heic", "heif")
 CONFLICTS_SHOWN = 3
 
 
@@ -55,22 +53,28 @@ def scan_dataset(dataset: Path, data: DataConfig) -> Scan:
     rows = read_metadata(tree.root, tree.metadata, frozenset(tree.images))
     conflicts: list[str] = []
     used: set[str] = set()
-    for name in tree.images:
+    tar_ignored: Counter[str] = Counter()
+    # A tar stands for the names below it, which no other file can have.
+    names = [(os.fsencode(name), name, False) for name in tree.images]
+    names += [(os.fsencode(name) + b"/", name, True) for name in tree.tars]
+    for _, name, in_tar in sorted(names):
+        if in_tar:
+            tar = scan_tar(tree.root / name, json_name(name), _group(name), data)
+            scan.candidates += tar.candidates
+            scan.skips += tar.skips
+            conflicts += tar.conflicts
+            tar_ignored += tar.ignored
+            continue
         try:
-            found = _candidate(tree, name, rows.get(name, []), data, used)
+            captions = _captions(tree, name, rows.get(name, []), data, used)
         except _Conflict as error:
             conflicts.append(f"{json_name(name)} ({error})")
-            continue
-        _add(scan, found)
-    tar_ignored: Counter[str] = Counter()
-    for name in tree.tars:
-        in_tar = scan_tar(tree.root / name, json_name(name), _group(name), data)
-        conflicts += in_tar.conflicts
-        tar_ignored += in_tar.ignored
-        for found in in_tar.found:
-            _add(scan, found)
-    _refuse_conflicts(conflicts, data)
-    scan.candidates.sort(key=lambda candidate: candidate.image.name.encode())
+        except CaptionError as error:
+            scan.skips.append(Skip(json_name(name), error.reason, error.detail))
+        else:
+            image = ImageSource(json_name(name), tree.root / name)
+            scan.candidates.append(Candidate(image, captions, _group(name)))
+    _refuse_conflicts(conflicts)
     scan.skips.sort(key=lambda skip: skip.name.encode())
     scan.ignored = dict(sorted((_ignored(tree, used) + tar_ignored).items()))
     if not scan.candidates and not scan.skips:
@@ -87,38 +91,13 @@ def _list_dataset(dataset: Path, data: DataConfig) -> Tree:
             raise InputError(f"dataset {dataset} does not exist; name a folder of images") from None
         raise InputError(f"dataset {dataset} cannot be read: {error.strerror}") from None
     if stat.S_ISDIR(mode):
-        tree = walk(dataset, data.follow_symlinks)
-        # In the order of the names, whatever the order of the folders.
-        for names in (tree.images, tree.tars, tree.metadata):
-            names.sort(key=os.fsencode)
-        return tree
+        return walk(dataset, data.follow_symlinks)
     name = dataset.name
-    if stat.S_ISREG(mode) and (file_type(name) == "tar" or name.lower().endswith(COMPRESSED_TARS)):
+    if stat.S_ISREG(mode) and is_tar(name):
         return Tree(dataset.parent, tars=[name])
     raise InputError(
         f"dataset {dataset} is neither a folder nor a .tar; name the folder it lies in"
     )
-
-
-def _add(scan: Scan, found: Candidate | Skip) -> None:
-    if isinstance(found, Skip):
-        scan.skips.append(found)
-    else:
-        scan.candidates.append(found)
-
-
-def _candidate(
-    tree: Tree, name: str, rows: list[Row], data: DataConfig, used: set[str]
-) -> Candidate | Skip:
-    """Raises _Conflict."""
-    shown = json_name(name)
-    try:
-        captions = _captions(tree, name, rows, data, used)
-    except CaptionError as error:
-        return Skip(shown, error.reason, error.detail)
-    if file_type(name) in HEIF_TYPES and not _heif_installed():
-        return Skip(shown, "heif_missing", "install the extra: pip install 'qwen-lora[heif]'")
-    return Candidate(ImageSource(shown, tree.root / name), captions, _group(name))
 
 
 def _captions(
@@ -130,7 +109,8 @@ def _captions(
     used.update(sidecars)
     told = [row for row in rows if row.texts is not None or row.problem is not None]
     if len(sidecars) + len(told) > 1:
-        sidecars = [side for side in sidecars if _has_caption(tree, side)] or sidecars[:1]
+        captioned = [side for side in sidecars if _has_caption(tree, side)]
+        sidecars = captioned if captioned or told else sidecars[:1]
     if sidecars and told:
         if data.caption_source == "error":
             raise _Conflict(" and ".join([os.path.basename(sidecars[0]), told[0].where]))
@@ -185,21 +165,17 @@ def _group(name: str) -> str:
     return json_name(first) if slash else ""
 
 
-def _heif_installed() -> bool:
-    return importlib.util.find_spec("pillow_heif") is not None
-
-
 def _ignored(tree: Tree, used: set[str]) -> Counter[str]:
     ignored = Counter(tree.ignored)
     for kinds in tree.sidecars.values():
         for kind, names in kinds.items():
             unused = sum(name not in used for name in names)
             if unused:
-                ignored[f".{kind} files without an image"] += unused
+                ignored[f".{kind} files that caption no image"] += unused
     return ignored
 
 
-def _refuse_conflicts(conflicts: list[str], data: DataConfig) -> None:
+def _refuse_conflicts(conflicts: list[str]) -> None:
     if not conflicts:
         return
     more = len(conflicts) - CONFLICTS_SHOWN
@@ -213,6 +189,8 @@ def _refuse_conflicts(conflicts: list[str], data: DataConfig) -> None:
 
 def _nothing_found(dataset: Path, ignored: dict[str, int]) -> str:
     found = ", ".join(f"{count} {kind}" for kind, count in ignored.items())
+    if ".safetensors files in tars" in ignored:
+        return f"dataset {dataset} is a finished shard set; it goes to `qwen-lora train`"
     return (
         f"dataset {dataset} holds no image; it holds {found or 'nothing'}. Images are JPEG, PNG, "
         "WebP, BMP, TIFF, AVIF or HEIC files, or WebDataset .tar files of them"
@@ -225,8 +203,8 @@ def _hints(scan: Scan, data: DataConfig) -> list[str]:
     kohya = [group for group in groups if parse_kohya(group) is not None]
     if kohya and not data.kohya_repeats:
         hints.append(
-            f"{len(kohya)} folders are named like Kohya's repeats ({kohya[0]}) and have weight 1; "
-            "set data_config.kohya_repeats: true to take the number as the weight"
+            f"folders named like Kohya's repeats ({', '.join(kohya[:3])}) have weight 1; set "
+            "data_config.kohya_repeats: true to take the number as the weight"
         )
     missing = sum(skip.reason == "caption_missing" for skip in scan.skips)
     if missing and not scan.candidates:

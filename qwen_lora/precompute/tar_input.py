@@ -21,7 +21,14 @@ from qwen_lora.precompute.captions import (
     read_sidecar,
 )
 from qwen_lora.precompute.types import Candidate, ImageSource, Skip
-from qwen_lora.precompute.walk import IMAGE_TYPES, UNSUPPORTED_TYPES, file_type, json_name
+from qwen_lora.precompute.walk import (
+    IMAGE_TYPES,
+    SIDECAR_TYPES,
+    SYSTEM_FOLDERS,
+    file_type,
+    json_name,
+    type_problem,
+)
 
 BLOCK = 512
 CHUNK = 1 << 20
@@ -32,7 +39,8 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, 
 class TarScan:
     """What one tar holds."""
 
-    found: list[Candidate | Skip] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)  # by the raw bytes of their names
+    skips: list[Skip] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)  # images with two captions
     ignored: Counter[str] = field(default_factory=Counter)
 
@@ -62,16 +70,16 @@ def scan_tar(path: Path, shown: str, group: str, data: DataConfig) -> TarScan:
                 detail = (
                     "only uncompressed tars are read; decompress it first (gunzip, unzstd, ...)"
                 )
-                scan.found.append(Skip(shown, "tar_compressed", detail))
+                scan.skips.append(Skip(shown, "tar_compressed", detail))
                 return scan
             samples: dict[str, _Sample] = {}
             damage = _list_members(file, shown, samples, scan)
-            for sample in samples.values():
+            for sample in sorted(samples.values(), key=_order):
                 _add_sample(file, path, shown, group, sample, data, scan)
     except OSError as error:
         damage = error.strerror or type(error).__name__
     if damage:
-        scan.found.append(Skip(shown, "tar_damaged", damage))
+        scan.skips.append(Skip(shown, "tar_damaged", damage))
     return scan
 
 
@@ -86,10 +94,14 @@ def _list_members(
     seen: set[str] = set()
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+        position = -1
         while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all otherwise
+            tar.members.clear()  # it keeps them all otherwise
+            if info.size < 0 or info.offset <= position:
+                return f"a negative size at byte {info.offset}"  # would be read for ever
+            position = info.offset
             if info.isreg() and info.offset_data + info.size > end:
-                return f"it ends inside {json_name(info.name)}"
+                return f"it ends inside {json_name(_raw(info.name))}"
             _file_member(info, shown, samples, seen, scan)
         return _trailing(file, tar.offset, end)  # type: ignore[attr-defined]
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
@@ -98,8 +110,8 @@ def _list_members(
 
 def _trailing(file: IO[bytes], offset: int, end: int) -> str | None:
     """tarfile stops at the first bad header without a word; a whole tar ends in zeros there."""
-    if end - offset < 2 * BLOCK:
-        return f"it ends at byte {end} without its two closing zero blocks; it may be cut off"
+    if end - offset < BLOCK:
+        return f"it ends at byte {end} without a closing zero block; it may be cut off"
     file.seek(offset)
     position = offset
     while chunk := file.read(CHUNK):
@@ -117,19 +129,14 @@ def _file_member(
     if info.isdir() or not parts:
         return
     name, base = "/".join(parts), parts[-1]
-    if base.startswith("."):
+    if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts if part != ".."):
         scan.ignored["hidden"] += 1
         return
     kind = file_type(base)
-    is_image = kind in IMAGE_TYPES
-    if not is_image and kind not in ("txt", "caption", "json"):
-        if kind in UNSUPPORTED_TYPES:
-            detail = f".{kind} files are not read; convert it to PNG, JPEG or WebP"
-            scan.found.append(Skip(_shown(shown, name), "unsupported_type", detail))
-        else:
-            scan.ignored[f".{kind} files in tars"] += 1
+    problem = type_problem(kind)
+    if problem is None and kind not in IMAGE_TYPES and kind not in SIDECAR_TYPES:
+        scan.ignored[f".{kind} files in tars" if kind else "other files in tars"] += 1
         return
-    problem = None
     if ".." in parts:
         problem = "bad_name", "the name leads out of the tar"
     elif not info.isreg() or info.issparse():
@@ -137,13 +144,13 @@ def _file_member(
     elif name in seen:
         problem = "tar_repeated_name", "a second member of this name; the first counts"
     if problem is not None:
-        scan.found.append(Skip(_shown(shown, name), *problem))
+        scan.skips.append(Skip(_shown(shown, name), *problem))
         return
     seen.add(name)
     key = "/".join([*parts[:-1], base.partition(".")[0]])
     sample = samples.setdefault(key, _Sample())
     member = _Member(name, info.offset_data, info.size)
-    if is_image:
+    if kind in IMAGE_TYPES:
         sample.images.append(member)
     else:
         sample.captions.setdefault(kind, []).append(member)
@@ -163,7 +170,7 @@ def _add_sample(
         return
     if len(sample.images) > 1:
         detail = "the sample has several images; WebDataset keys end at the first dot"
-        scan.found += [
+        scan.skips += [
             Skip(_shown(shown, image.name), "tar_several_images", detail) for image in sample.images
         ]
         return
@@ -184,11 +191,13 @@ def _add_sample(
             raise CaptionError("caption_missing", f"no member of its key with {wanted}")
         captions = read_sidecar(texts[0][0], _read(file, texts[0][1]), data)
     except CaptionError as error:
-        scan.found.append(Skip(name, error.reason, error.detail))
+        scan.skips.append(Skip(name, error.reason, error.detail))
         return
     source = ImageSource(name, path, image.offset, image.size)
     first, slash, _ = image.name.partition("/")
-    scan.found.append(Candidate(source, captions, group or (json_name(first) if slash else "")))
+    scan.candidates.append(
+        Candidate(source, captions, group or (json_name(_raw(first)) if slash else ""))
+    )
 
 
 def _has_caption(file: IO[bytes], kind: str, member: _Member) -> bool:
@@ -207,4 +216,13 @@ def _read(file: IO[bytes], member: _Member) -> bytes:
 
 
 def _shown(tar: str, name: str) -> str:
-    return f"{tar}/{json_name(name)}"
+    return f"{tar}/{json_name(_raw(name))}"
+
+
+def _raw(name: str) -> bytes:
+    """The bytes of a name in the tar, whatever this system's encoding of names."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _order(sample: _Sample) -> bytes:
+    return _raw(sample.images[0].name) if sample.images else b""

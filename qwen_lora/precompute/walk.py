@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_lora.errors import InputError
+from qwen_lora.precompute.inspect import heif_available
 from qwen_lora.precompute.types import Skip
 
 IMAGE_TYPES = frozenset("jpg jpeg png webp bmp tif tiff avif heic heif".split())
+HEIF_TYPES = ("heic", "heif")
 # Pictures and videos by name that no decoder here reads: reported one by one, not ignored.
 UNSUPPORTED_TYPES = frozenset(
     "gif apng svg psd psb xcf eps ai pdf ico icns tga dds exr hdr pbm pgm ppm pnm pfm jp2 j2k jpx"
@@ -23,6 +26,8 @@ SIDECAR_TYPES = frozenset(("txt", "caption", "json"))
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "captions.json")
 SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX"))
 SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini"))
+# Control characters, line separators, and marks that turn the direction of writing.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -40,23 +45,34 @@ class Tree:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def json_name(name: str) -> str:
-    r"""A relative name as text that JSON and a terminal can hold, different for different names.
+def json_name(name: str | bytes) -> str:
+    r"""A name as text that JSON and a terminal can hold, different for different names.
 
-    Bytes that are no UTF-8, control characters and the backslash itself become `\xNN` or `\\`.
+    Bytes that are no UTF-8 and control characters become `\xNN`, a backslash becomes two.
     """
     text = os.fsencode(name).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char == "\u3000" else char.encode("unicode_escape").decode()
-        for char in text
+    return _CONTROLS.sub(
+        lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode()), text
     )
 
 
 def file_type(name: str) -> str:
     """The extension in lower case without its dot; "" for none."""
     return os.path.splitext(name)[1][1:].lower()
+
+
+def type_problem(kind: str) -> tuple[str, str] | None:
+    """Why no image of this type is read: reason and detail of its Skip; None for other types."""
+    if kind in UNSUPPORTED_TYPES:
+        return "unsupported_type", f".{kind} files are not read; convert it to PNG, JPEG or WebP"
+    if kind in HEIF_TYPES and not heif_available():
+        return "heif_missing", "install the extra: pip install 'qwen-lora[heif]'"
+    return None
+
+
+def is_tar(name: str) -> bool:
+    """Also for a compressed tar, which is reported and not read."""
+    return name.lower().endswith((".tar", *COMPRESSED_TARS))
 
 
 def stem(name: str) -> str:
@@ -128,8 +144,8 @@ class _Walker:
             self._refuse(name, "unreadable", error.strerror or type(error).__name__)
             return False
         if stat.S_ISDIR(mode):
-            if _wanted(name):
-                self._refuse(name, "not_a_file", "a folder with the name of a file")
+            if file_type(name) in IMAGE_TYPES:
+                self._skip(name, "not_a_file", "a folder with the name of a file")
             return True
         if not stat.S_ISREG(mode):
             self._refuse(name, "not_a_file", _kind(mode))
@@ -156,15 +172,15 @@ class _Walker:
 
     def _sort_in(self, base: str, name: str) -> None:
         kind = file_type(base)
-        if kind in IMAGE_TYPES:
+        problem = type_problem(kind)
+        if problem is not None:
+            self._skip(name, *problem)
+        elif kind in IMAGE_TYPES:
             self.tree.images.append(name)
         elif base in METADATA_NAMES:
             self.tree.metadata.append(name)
-        elif kind == "tar" or base.lower().endswith(COMPRESSED_TARS):
+        elif is_tar(base):
             self.tree.tars.append(name)
-        elif kind in UNSUPPORTED_TYPES:
-            detail = f".{kind} files are not read; convert it to PNG, JPEG or WebP"
-            self._skip(name, "unsupported_type", detail)
         elif kind in SIDECAR_TYPES:
             self.tree.sidecars.setdefault(stem(name), {}).setdefault(kind, []).append(name)
         else:
@@ -178,16 +194,13 @@ class _Walker:
         if kind in SIDECAR_TYPES:
             self.tree.refused[name] = (reason, detail)
             self.tree.sidecars.setdefault(stem(name), {}).setdefault(kind, []).append(name)
-        else:
+        elif kind in IMAGE_TYPES or is_tar(name) or os.path.isdir(self.tree.root / name):
             self._skip(name, reason, detail)
+        else:
+            self.tree.ignored["links and special files"] += 1
 
     def _skip(self, name: str, reason: str, detail: str) -> None:
         self.tree.skips.append(Skip(json_name(name), reason, detail))
-
-
-def _wanted(name: str) -> bool:
-    """Whether a folder of this name was probably meant to be a file."""
-    return file_type(name) in IMAGE_TYPES
 
 
 def _kind(mode: int) -> str:
