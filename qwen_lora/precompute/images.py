@@ -146,5 +146,4 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> NDArray[np.ui
         return pixels
     shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4
-    resized = cv2.resize(pixels, (width, height), interpolation=method)
-    return resized.astype(np.uint8, copy=False)
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=method), np.uint8)

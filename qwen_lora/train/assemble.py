@@ -29,7 +29,7 @@ from qwen_lora.train.resume import result_settings, share_of_step
 from qwen_lora.train.sources import Sources, model_name
 from qwen_lora.train.step import SampleLosses, Stepper, wrap_for_ranks
 from qwen_lora.train.timesteps import TimestepSampling
-from qwen_lora.train.transformer import check_transformer, load_base
+from qwen_lora.train.transformer import check_transformer, choose_dtype, load_base
 from qwen_lora.train.tree import pack, unpack
 from qwen_lora.train.validation import (
     FIXED_TRAIN_IMAGES,
@@ -126,19 +126,13 @@ def run_facts(
     cache = settings.output_dir / ".weight-hashes.json"
     return RunFacts(
         settings=result_settings(settings),
-        compute_dtype=dtype_name(settings, ranks.device),
+        compute_dtype=str(choose_dtype(settings, ranks.device)).removeprefix("torch."),
         micro_batches_per_step=plan.rule.micro_batches_per_step,
         plan_id=plan_id(plan.table, plan.rule),
         generations=sources.generations,
         fingerprints=sources.fingerprints,
         base_model=ranks.on_main(lambda: base_fingerprint(model, cache)),
     )
-
-
-def dtype_name(settings: Settings, device: torch.device) -> str:
-    return {"auto": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}[
-        settings.mixed_precision
-    ]
 
 
 def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
@@ -254,7 +248,7 @@ def say_what_runs(
         f"{begin}: {samples}, {settings.max_train_steps} steps of "
         f"{plan.rule.micro_batches_per_step} micro-batches of up to {settings.train_batch_size}; "
         f"LoRA rank {settings.rank} with {numbers:,} parameters; "
-        f"{dtype_name(settings, ranks.device)} on {ranks.device.type}, "
+        f"{str(trainable.dtype).removeprefix('torch.')} on {ranks.device.type}, "
         f"{ranks.world} process(es), accumulation {plan.accumulation}",
         file=sys.stderr,
     )

@@ -1,0 +1,93 @@
+# ruff: noqa: TID253
+"""The LoRA file: names as diffusers gives them, scale folded in, provenance in the header.
+
+Readers that know the metadata apply alpha / rank, others assume 1: with the trained scaling folded
+into B and alpha = rank in the metadata both compute the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from qwen_lora.errors import InputError
+from qwen_lora.hashing import canonical_json
+from qwen_lora.posix import write_atomic
+from qwen_lora.shards.safe import parse_json
+from qwen_lora.train.lora import ADAPTER, LoraSpec, lora_layers
+
+DIFFUSERS_KEY = "lora_adapter_metadata"  # where diffusers' write_lora_layers puts the config
+OWN_KEY = "qwen_lora"
+HEADER_MAX_BYTES = 100 << 20  # safetensors' own limit
+
+
+def save_lora(
+    path: Path,
+    transformer: torch.nn.Module,
+    spec: LoraSpec,
+    dtype: str = "float32",
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write `transformer.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank].
+
+    dtype: float32, bfloat16 or float16. provenance: JSON values that stand under `qwen_lora` in the
+    header, beside the trained rank and alpha. The file is whole or absent, its bytes reproducible.
+    """
+    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    tensors = {}
+    for name, layer in lora_layers(transformer).items():
+        down = layer.lora_A[ADAPTER].weight.detach().float().cpu()
+        up = layer.lora_B[ADAPTER].weight.detach().float().cpu() * layer.scaling[ADAPTER]
+        tensors[f"transformer.{name}.lora_A.weight"] = down.to(stored).contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = up.to(stored).contiguous()
+    config = {
+        "r": spec.rank,
+        "lora_alpha": spec.rank,
+        "lora_dropout": spec.dropout,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(lora_layers(transformer)),
+    }
+    own = {
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "use_rslora": spec.use_rslora,
+        **(provenance or {}),
+    }
+    metadata = {
+        "format": "pt",
+        DIFFUSERS_KEY: canonical_json({f"transformer.{k}": v for k, v in config.items()}).decode(),
+        OWN_KEY: canonical_json(own).decode(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, canonical_header(save(tensors, metadata)))
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A LoRA file's tensors and its `qwen_lora` facts ({} in a file of another trainer).
+
+    Raises InputError when the file is not a safetensors file.
+    """
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = parse_json(data[8 : 8 + length], str(path), HEADER_MAX_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"no LoRA file at {path}") from None
+    except Exception as error:  # safetensors raises its own kind on any damage
+        raise InputError(f"{path} is not a LoRA file: {error}") from None
+    own = header.get("__metadata__", {}).get(OWN_KEY)
+    return tensors, parse_json(own.encode(), str(path), HEADER_MAX_BYTES) if own else {}
+
+
+def canonical_header(data: bytes) -> bytes:
+    """A safetensors file with its header's keys sorted: the library orders metadata at random."""
+    length = int.from_bytes(data[:8], "little")
+    header = canonical_json(json.loads(data[8 : 8 + length]))
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]

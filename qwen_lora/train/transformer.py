@@ -1,0 +1,66 @@
+# ruff: noqa: TID253
+"""The frozen transformer of a run: checked against the shards before it is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
+from qwen_lora.models import ModelFolder
+from qwen_lora.shards.format import Manifest
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_transformer(model: ModelFolder, manifests: Sequence[Manifest]) -> None:
+    """Raises InputError when the shards are for another family, latent or text width.
+
+    Only configs are read. Another model id is fine: Qwen-Image-2512 trains on Qwen-Image's shards.
+    """
+    facts = model.family.transformer_facts(model.config("transformer"))
+    for manifest in manifests:
+        pairs = {
+            "family": (manifest.fingerprint.family, model.family.name),
+            "latent channels": (manifest.latent_channels, facts["latent_channels"]),
+            "text width": (manifest.text_width, facts["text_width"]),
+        }
+        for name, (of_shards, of_model) in pairs.items():
+            if of_shards != of_model:
+                raise InputError(
+                    f"the shards do not fit the model {model.model_id}: {name} {of_shards} in the "
+                    f"shards, {of_model} in the transformer; name the model the shards were made "
+                    "for, or run precompute with this one"
+                )
+
+
+def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the transformer computes in; auto is bfloat16 on a GPU that has it, else float32."""
+    if settings.mixed_precision != "auto":
+        return DTYPES[settings.mixed_precision]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_base(model: ModelFolder, settings: Settings, device: torch.device) -> torch.nn.Module:
+    """The frozen transformer on `device`, in the compute type or quantised, in eval mode.
+
+    Nothing else of the model is opened. Raises InputError for files that do not fit the config.
+    """
+    dtype = choose_dtype(settings, device)
+    if dtype is torch.float16:
+        print(
+            "warning: Qwen-Image's activations overflow float16; use mixed_precision bf16 on a "
+            "card that has it",
+            file=sys.stderr,
+        )
+    transformer: Any = model.family.load_transformer(
+        model, device=device, dtype=dtype, base_precision=settings.base_precision
+    )
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return cast(torch.nn.Module, transformer)
