@@ -96,7 +96,8 @@ def light_model(settings: Settings) -> ModelFolder:
         try:
             hf_hub_download(model.model_id, "text_encoder/config.json", revision=model.revision)
         except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise InputError(
-                f"model {name}: text_encoder/config.json cannot be had ({error})"
+                f"model {name}: text_encoder/config.json cannot be had ({reason})"
             ) from None
     return model

@@ -30,6 +30,9 @@ def make_settings(tiny_model: Path, image_folder: Path, tmp_path: Path) -> Calla
     return make
 
 
-def published(folder: Path) -> dict[str, bytes]:
-    """Every file of a shard set that others see, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+@pytest.fixture
+def published() -> Callable[[Path], dict[str, bytes]]:
+    """`published(folder)`: every file of a shard set that others see, by name."""
+    return lambda folder: {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
+    }

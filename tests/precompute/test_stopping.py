@@ -13,7 +13,6 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.errors import QwenLoraError, Stopped
 from qwen_lora.precompute.run import precompute
 from qwen_lora.shards import writer
-from tests.precompute.conftest import published
 
 ROOT = Path(__file__).parents[2]
 KILL_AT_THE_THIRD_SHARD = """
@@ -54,13 +53,13 @@ def settings(make_settings, tmp_path) -> Settings:
 
 
 @pytest.fixture
-def unbroken(make_settings, tmp_path) -> dict[str, bytes]:
+def unbroken(make_settings, tmp_path, published) -> dict[str, bytes]:
     settings = make_settings(shards_dir=tmp_path / "unbroken", shard_max_samples=2)
     precompute(settings)
     return published(settings.shards_dir)
 
 
-def test_kill_9_costs_the_shard_in_progress_and_no_byte(settings, unbroken):
+def test_kill_9_costs_the_shard_in_progress_and_no_byte(settings, unbroken, published):
     killed = subprocess.run(
         [sys.executable, "-c", KILL_AT_THE_THIRD_SHARD, *command(settings)],
         env=environment(),
@@ -77,7 +76,7 @@ def test_kill_9_costs_the_shard_in_progress_and_no_byte(settings, unbroken):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_keeps_whole_shards(settings, unbroken, monkeypatch, signum):
+def test_a_signal_keeps_whole_shards(settings, unbroken, monkeypatch, signum, published):
     write_shard, calls = writer.write_shard, []
 
     def signal_at_the_third(*arguments):
@@ -114,7 +113,7 @@ def fail_at_the_third(monkeypatch, error: OSError) -> None:
 
 @pytest.mark.parametrize("placement", ["together", "sequential"])
 def test_a_full_disk_is_one_clear_error_and_the_rest_follows(
-    make_settings, tmp_path, unbroken, placement
+    make_settings, tmp_path, unbroken, placement, published
 ):
     settings = make_settings(
         shards_dir=tmp_path / "broken", shard_max_samples=2, encoder_placement=placement
@@ -127,7 +126,7 @@ def test_a_full_disk_is_one_clear_error_and_the_rest_follows(
     assert published(settings.shards_dir) == unbroken
 
 
-def test_a_broken_image_does_not_shift_the_cuts(make_settings, tmp_path, image_folder):
+def test_a_broken_image_does_not_shift_the_cuts(make_settings, tmp_path, image_folder, published):
     """A shard that lacks an undecodable sample is recognised by a rerun."""
     dataset = tmp_path / "dataset"
     shutil.copytree(image_folder, dataset)
@@ -149,7 +148,7 @@ def test_a_broken_image_does_not_shift_the_cuts(make_settings, tmp_path, image_f
     assert published(tmp_path / "broken") == published(tmp_path / "unbroken")
 
 
-def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings):
+def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings, published):
     with pytest.MonkeyPatch.context() as patch:
         fail_at_the_third(patch, OSError(5, "Input/output error"))
         with pytest.raises(QwenLoraError, match="Input/output error"):
@@ -161,7 +160,7 @@ def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_make_the_bytes_of_one(settings, unbroken):
+def test_two_processes_make_the_bytes_of_one(settings, unbroken, published):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, *launch, "-m", "qwen_lora", *command(settings)],
