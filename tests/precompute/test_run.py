@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -407,3 +408,39 @@ def test_sizes_are_predicted_to_the_byte(make_settings, tiny_model, tmp_path, po
         end = sum(item.predicted_bytes for item in shard) + 1024
         assert sizes[names.pop()] == -(-end // 10240) * 10240
     assert plan.needed_bytes(planned, sequential=False) >= sum(sizes.values())
+
+
+def test_several_captions_stand_in_one_record(make_settings, dataset, monkeypatch):
+    from qwen_lora.families.qwen_image.text import QwenPromptEncoder
+
+    for path in dataset.glob("*.txt"):
+        path.write_text(f"a caption that all share\npicture {path.stem}\n")
+    encode, encoded = QwenPromptEncoder.encode, []
+
+    def count(self, captions):
+        encoded.extend(captions)
+        return encode(self, captions)
+
+    monkeypatch.setattr(QwenPromptEncoder, "encode", count)
+    settings = make_settings({"img_dir": dataset, "caption_lines": "variants"})
+    precompute(settings)
+    assert encoded.count("a caption that all share") == 1  # once a shard
+    for name, record in read_all(settings.shards_dir).items():
+        assert record.meta.captions == ["a caption that all share", f"picture {name[:2]}"]
+        assert {"prompt_embeds.0", "prompt_embeds.1"} <= record.tensors.keys()
+
+
+def test_a_tar_gives_the_samples_of_its_folder(make_settings, dataset, tmp_path):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    with tarfile.open(packed / "images.tar", "w") as tar:
+        for path in sorted(dataset.iterdir()):
+            tar.add(path, path.name)
+    folder = make_settings({"img_dir": dataset}, shards_dir=tmp_path / "from-folder")
+    archive = make_settings({"img_dir": packed}, shards_dir=tmp_path / "from-tar")
+    assert precompute(folder).written == precompute(archive).written == 4
+    ids = []
+    for settings in (folder, archive):
+        with ShardSet.open(settings.shards_dir) as shards:
+            ids.append(sorted(shards.table.sample_id))
+    assert ids[0] == ids[1]
