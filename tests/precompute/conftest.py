@@ -1,11 +1,13 @@
 """Settings of a small stage 1 run, and shard sets compared byte by byte."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qwen_lora.config.schema import DataConfig, Settings
+from qwen_lora.families.qwen_image import QwenImage
 
 
 @pytest.fixture
@@ -36,3 +38,27 @@ def published() -> Callable[[Path], dict[str, bytes]]:
     return lambda folder: {
         path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
     }
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, image_folder: Path) -> Path:
+    """Four of the images with captions, in a folder that a test may change."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for path in sorted(image_folder.iterdir())[:8]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture
+def no_encoders(monkeypatch: pytest.MonkeyPatch):
+    """A call makes every later load of an encoder fail the test."""
+
+    def forbid() -> None:
+        def refuse(*args, **kwargs):
+            raise AssertionError("an encoder was loaded")
+
+        monkeypatch.setattr(QwenImage, "load_prompt_encoder", refuse)
+        monkeypatch.setattr(QwenImage, "load_latent_encoder", refuse)
+
+    return forbid
