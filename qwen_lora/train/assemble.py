@@ -146,13 +146,13 @@ def build_trainable(
     ranks: Ranks, settings: Settings, model: ModelFolder, resumed: Checkpoint | None
 ) -> Trainable:
     """Load the base, add the LoRA, make the optimizer and schedule; put a checkpoint's state in."""
+    ranks.everywhere(lambda: _check_optimizer(settings, ranks.device))
     transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device))
     spec = LoraSpec.from_settings(settings)
     parameters = add_lora(transformer, spec, model.family, settings.seed)
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")
-    ranks.everywhere(lambda: check_round_trip(lambda p: make_optimizer(p, settings), ranks.device))
     optimizer = make_optimizer(parameters, settings)
     scheduler = make_lr_scheduler(optimizer, settings)
     dtype = compute_dtype(transformer)
@@ -173,6 +173,13 @@ def build_trainable(
         settings,
     )
     return Trainable(transformer, spec, parameters, losses, stepper, dtype)
+
+
+def _check_optimizer(settings: Settings, device: torch.device) -> None:
+    """Errors in the optimizer's and the schedule's settings show before minutes of loading."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    make_lr_scheduler(torch.optim.SGD([parameter], lr=settings.learning_rate), settings)
+    check_round_trip(lambda named: make_optimizer(named, settings), device)
 
 
 def build_loaders(

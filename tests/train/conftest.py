@@ -17,7 +17,7 @@ def train_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_settings(train_shards: Path, transformer_only: Path, tmp_path: Path) -> MakeSettings:
-    """Settings of a short run in tmp_path/<output>; keywords change them, data_<key> data_config."""
+    """Settings of a short run in tmp_path/<output>; data_<key> goes to data_config."""
 
     def make(output: str = "run", **changes: Any) -> Settings:
         data = {k.removeprefix("data_"): changes.pop(k) for k in [*changes] if "data_" in k}

@@ -335,6 +335,45 @@ def test_tensorboard_gets_the_numbers(make_settings: MakeSettings) -> None:
 # ---- data and measurements -------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "optimizer": "adamw8bit",
+            "lr_scheduler": "piecewise_constant",
+            "lr_step_rules": "1:3,0.1",
+        },
+        {"optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant_with_warmup"},
+        {"optimizer": "torch.optim.Adagrad", "lr_scheduler": "linear"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "lora_targets": "all-linear"},
+        {"lora_init": "orthogonal", "use_rslora": True, "timestep_sampling": "logit_normal"},
+    ],
+    ids=["adamw8bit", "prodigy", "adagrad", "bf16", "rslora"],
+)
+def test_other_ways_of_training_resume_to_the_bit_too(
+    make_settings: MakeSettings, changes: dict[str, Any]
+) -> None:
+    needs = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+    pytest.importorskip(needs.get(changes.get("optimizer", ""), "torch"))
+    expected = train(make_settings("unbroken", **changes, max_train_steps=7)).lora.read_bytes()
+    settings = make_settings("broken", **changes, max_train_steps=7)
+    interrupt(settings, 4)
+    assert train(settings).lora.read_bytes() == expected
+
+
+def test_wrong_optimizer_settings_are_refused_before_a_weight_is_loaded(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_lora.train import assemble
+
+    monkeypatch.delattr(assemble, "load_base")
+    with pytest.raises(InputError, match="momentumm"):
+        train(make_settings(optimizer="torch.optim.SGD", optimizer_args={"momentumm": 0.9}))
+    with pytest.raises(InputError, match="lr_scheduler piecewise_constant"):
+        train(make_settings(lr_scheduler="piecewise_constant", lr_step_rules="1:x,0.1"))
+
+
 def test_neither_encoder_is_ever_made(
     make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
