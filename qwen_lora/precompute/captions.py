@@ -94,7 +94,7 @@ def finish_captions(texts: Sequence[str], data: DataConfig) -> tuple[str, ...]:
     for text in texts:
         _check(text)
     word = data.trigger_word.strip()
-    captions = [caption for text in texts for caption in _lines(text, data.caption_lines)]
+    captions = [caption for text in texts or [""] for caption in _lines(text, data.caption_lines)]
     if word:
         captions = [f"{word}, {caption}" if caption else word for caption in captions]
     elif data.empty_caption == "skip":

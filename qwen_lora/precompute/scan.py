@@ -103,7 +103,7 @@ def _list_dataset(dataset: Path, data: DataConfig) -> Tree:
 def _captions(
     tree: Tree, name: str, rows: list[Row], data: DataConfig, used: set[str]
 ) -> tuple[str, ...]:
-    """Raises CaptionError, _Conflict."""
+    """Its captions; notes the sidecars looked at in `used`. Raises CaptionError, _Conflict."""
     beside = tree.sidecars.get(stem(name), {})
     sidecars = [side for kind in caption_types(data) for side in beside.get(kind, [])]
     used.update(sidecars)
@@ -113,10 +113,10 @@ def _captions(
         sidecars = captioned if captioned or told else sidecars[:1]
     if sidecars and told:
         if data.caption_source == "error":
-            raise _Conflict(" and ".join([os.path.basename(sidecars[0]), told[0].where]))
+            raise _Conflict(f"{_base(sidecars[0])} and {told[0].where}")
         sidecars, told = (sidecars, []) if data.caption_source == "sidecar" else ([], told)
     if len(sidecars) > 1:
-        raise _Conflict(" and ".join(os.path.basename(side) for side in sidecars[:2]))
+        raise _Conflict(" and ".join(_base(side) for side in sidecars[:2]))
     if len(told) > 1:
         raise _Conflict(" and ".join(row.where for row in told[:2]))
     if told:
@@ -125,7 +125,7 @@ def _captions(
         return finish_captions(told[0].texts or [], data)
     if sidecars:
         return read_sidecar(file_type(sidecars[0]), _read(tree, sidecars[0]), data)
-    wanted = ", ".join(f"{os.path.basename(stem(name))}.{kind}" for kind in caption_types(data))
+    wanted = ", ".join(f"{_base(stem(name))}.{kind}" for kind in caption_types(data))
     if rows:
         raise CaptionError("caption_missing", f"{rows[0].where} has no caption; no {wanted}")
     raise CaptionError("caption_missing", f"no {wanted}")
@@ -144,7 +144,7 @@ def _has_caption(tree: Tree, name: str) -> bool:
 
 def _read(tree: Tree, name: str) -> bytes:
     """A caption file. Raises CaptionError."""
-    base = json_name(os.path.basename(name))
+    base = _base(name)
     if name in tree.refused:
         reason, detail = tree.refused[name]
         raise CaptionError(reason, f"its caption {base}: {detail}")
@@ -157,6 +157,10 @@ def _read(tree: Tree, name: str) -> bytes:
             return file.read(CAPTION_MAX_BYTES + 1)
     except OSError as error:
         raise CaptionError("unreadable", f"its caption {base}: {error.strerror}") from None
+
+
+def _base(name: str) -> str:
+    return json_name(os.path.basename(name))
 
 
 def _group(name: str) -> str:
@@ -181,7 +185,7 @@ def _refuse_conflicts(conflicts: list[str]) -> None:
     more = len(conflicts) - CONFLICTS_SHOWN
     shown = "; ".join(conflicts[:CONFLICTS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     raise InputError(
-        f"{len(conflicts)} images have captions from two sources: {shown}. Choose with "
+        f"captions from two sources for {len(conflicts)} of the images: {shown}. Choose with "
         "data_config.caption_source (sidecar or metadata) or data_config.caption_type (txt, "
         "caption or json), or remove one"
     )

@@ -96,14 +96,14 @@ def _list_members(
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
         position = -1
         while (info := tar.next()) is not None:
-            tar.members.clear()  # it keeps them all otherwise
+            tar.members.clear()  # type: ignore[attr-defined]  # all are kept otherwise
             if info.size < 0 or info.offset <= position:
                 return f"a negative size at byte {info.offset}"  # would be read for ever
             position = info.offset
             if info.isreg() and info.offset_data + info.size > end:
                 return f"it ends inside {json_name(_raw(info.name))}"
             _file_member(info, shown, samples, seen, scan)
-        return _trailing(file, tar.offset, end)  # type: ignore[attr-defined]
+        return _trailing(file, tar.offset, end)
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         return f"{error}" or type(error).__name__
 
@@ -182,7 +182,9 @@ def _add_sample(
     if len(texts) > 1:
         texts = [text for text in texts if _has_caption(file, *text)] or texts[:1]
     if len(texts) > 1:
-        both = " and ".join(os.path.basename(member.name) for _, member in texts[:2])
+        both = " and ".join(
+            json_name(_raw(os.path.basename(member.name))) for _, member in texts[:2]
+        )
         scan.conflicts.append(f"{name} ({both})")
         return
     try:
