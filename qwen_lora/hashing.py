@@ -30,7 +30,7 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys, no spaces, ASCII only and no NaN, so that equal values are equal bytes."""
+    """JSON with sorted keys, no spaces, ASCII only, no NaN: equal values are equal bytes."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode("ascii")

@@ -1,7 +1,7 @@
 """Calls that only POSIX has, in one place: durable files, locks.
 
-On other systems the functions that read still work; those that need a lock or fsync a folder degrade
-to the nearest thing the platform has.
+On other systems the functions that read still work; those that need a lock or fsync a folder
+degrade to the nearest thing the platform has.
 """
 
 from __future__ import annotations
