@@ -1,0 +1,97 @@
+"""Every command of the README runs, in order and in one folder, as a reader would type them.
+
+What stands for a real model, dataset and duration is exchanged for the tiny model, small images and
+few steps; everything else is as printed.
+"""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qwen_lora.cli import app
+
+README = Path(__file__).parents[1] / "README.md"
+SMALL = ["--set", "encode_threads=1"]
+EXCHANGED = {
+    "--resolution": "64",
+    "--max-train-steps": "2",
+    "--num-processes": "2",
+}
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The `qwen-lora` lines of all shell blocks, without their comments."""
+    lines = [line for block in code_blocks("sh") for line in block.splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in found if words and words[0] == "qwen-lora"]
+
+
+def exchange(words: list[str], model: Path) -> list[str]:
+    """The same command at a size for a test."""
+    command = words[0]
+    out = []
+    for word, before in zip(words, ["", *words], strict=False):
+        out.append(str(model) if before == "--model" else EXCHANGED.get(before, word))
+    if command in ("precompute", "train"):
+        out += SMALL
+        out += [] if "--model" in words else ["--model", str(model)]
+        if command == "precompute" and "--resolution" not in words and "--config" not in words:
+            out += ["--resolution", "64"]
+        if "--config" in words:
+            out += ["--set", "shards_dir=shards-config", "--set", "output_dir=output-config"]
+            out += ["--set", "data_config.img_dir=photos", "--set", "data_config.img_size=64"]
+        if command == "train" and "--max-train-steps" not in words:
+            out += ["--max-train-steps", "2"]
+        if command == "train" and words == ["train", "shards"]:
+            out += ["--output", "output-first"]
+    if command == "sample":
+        out += ["--steps", "2", "--height", "64", "--width", "64"]
+    return out
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    kinds = {words[0] for words in commands()}
+    assert kinds >= {"precompute", "train", "sample", "shards", "init"}
+
+
+@pytest.mark.multiprocess
+def test_the_commands_run(
+    tiny_model: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(README.parent))  # for the processes that train starts
+    shutil.copytree(image_folder, "photos")
+    for words in commands():
+        arguments = exchange(words, tiny_model)
+        monkeypatch.setattr(sys, "argv", ["qwen-lora", *arguments])
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"{words}: {result.output}\n{result.exception!r}"
+    for name in ("output/lora.safetensors", "output-node/lora.safetensors", "grid.png"):
+        assert Path(name).is_file()
+    _check_python_blocks(tiny_model)
+
+
+def _check_python_blocks(tiny_model: Path) -> None:
+    """The diffusers lines load the file that the commands made."""
+    (block,) = code_blocks("python")
+    names: dict[str, object] = {}
+    exec(block.replace("Qwen/Qwen-Image", str(tiny_model)), names)
+    pipeline = names["pipeline"]
+    assert pipeline.get_active_adapters() == ["default_0"]  # type: ignore[attr-defined]
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    text = README.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (README.parent / target).exists(), target
+    for name in re.findall(r"^(\S+/|\S+\.py)\s{2,}", text, re.MULTILINE):
+        assert (README.parent / name).exists(), name
