@@ -1,8 +1,9 @@
 # ruff: noqa: TID253
 """LoRA adapters through PEFT, with float32 weights on a base of any precision.
 
-PEFT's `add_adapter` makes the layers. It would give the LoRA the base's dtype, and cast activations
-up to the LoRA's: here weights are float32, initialised in float32, and cast down for the product.
+PEFT's `add_adapter` makes the layers, and its forward runs. By itself it would give the LoRA the
+base's dtype; with float32 weights it would cast activations up to them. Here weights are float32,
+initialised in float32, and cast down to the activations' type for the product.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from qwen_lora.config.schema import Settings
-from qwen_lora.errors import QwenLoraError
+from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.base import Family
-from qwen_lora.hashing import canonical_json, sha256_hex
+from qwen_lora.hashing import hash_json
 
 ADAPTER = "default"
 INITS = ("gaussian", "kaiming", "orthogonal")
@@ -33,9 +35,18 @@ class LoraSpec:
     rank: int
     alpha: float
     dropout: float
-    init: str  # one of INITS; B starts at zero with each, so a new LoRA changes nothing
+    init: str  # one of INITS; B A is exactly zero with each, so a new LoRA changes nothing
     use_rslora: bool
     targets: str | tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise InputError(
+                f"lora_init {self.init!r} is not offered: {', '.join(INITS)} are. Inits that "
+                "rewrite the base (pissa, olora, corda, loftq, ...) need that base to load the LoRA"
+            )
+        if self.init == "orthogonal" and self.rank % 2:
+            raise InputError(f"lora_init orthogonal needs an even rank, not {self.rank}")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LoraSpec:
@@ -73,62 +84,53 @@ def add_lora(
     )
     transformer.requires_grad_(False)
     cast(Any, transformer).add_adapter(config, adapter_name=ADAPTER)
-    parameters: list[tuple[str, torch.nn.Parameter]] = []
-    for name, parameter in transformer.named_parameters():
-        if ".lora_" in name:
-            values = initial_values(name, tuple(parameter.shape), spec, seed)
-            parameter.data = torch.from_numpy(values).to(parameter.device)
-            parameter.requires_grad = True
-            parameters.append((name, parameter))
-        else:
-            parameter.requires_grad_(False)
-    for layer in lora_layers(transformer).values():
-        layer.forward = _LoraForward(layer)
-    return parameters
+    for name, layer in lora_layers(transformer).items():
+        device = layer.lora_A[ADAPTER].weight.device
+        for kind, part in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            shape = tuple(part[ADAPTER].weight.shape)
+            values = initial_values(f"{name}.{kind}", shape, spec, seed)
+            part[ADAPTER] = _CastLinear(torch.from_numpy(values).to(device))
+        layer.cast_input_dtype_enabled = False  # activations keep their type
+    return [(n, p) for n, p in transformer.named_parameters() if ".lora_" in n]
 
 
-def initial_values(name: str, shape: tuple[int, ...], spec: LoraSpec, seed: int) -> np.ndarray:
-    """float32 start of one parameter: zero for B; for A
+class _CastLinear(torch.nn.Linear):
+    """A Linear without bias whose float32 weight is cast to its input's type for the product; the
+    gradient comes back to the weight in float32. In float32 it is PEFT's own nn.Linear."""
 
-    gaussian: standard deviation 1 / rank (PEFT); kaiming: uniform as nn.Linear's own (the LoRA
-    paper, arXiv:2106.09685); orthogonal: orthonormal rows.
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+def initial_values(
+    name: str, shape: tuple[int, ...], spec: LoraSpec, seed: int
+) -> NDArray[np.float32]:
+    """float32 start of A [rank, in] or B [out, rank], whose name ends in lora_A or lora_B.
+
+    gaussian: A normal with standard deviation 1 / rank (PEFT), B zero; kaiming: A uniform as
+    nn.Linear's own weights (the LoRA paper, arXiv:2106.09685), B zero; orthogonal: PEFT's, A and B
+    normal with standard deviation 1/10 in complementary halves of the rank's dimensions. PEFT turns
+    those halves by a random rotation, after which the product is zero only up to rounding; without
+    it B A is exactly zero in every dtype.
     """
-    if ".lora_B." in name:
-        return np.zeros(shape, np.float32)
-    key = int(sha256_hex(canonical_json([seed, name, "lora_init"]))[:32], 16)
+    key = int(hash_json([seed, "lora_init", name])[:32], 16)
     random = np.random.Generator(np.random.Philox(key=key))
+    is_down = name.endswith("lora_A")
+    if spec.init == "orthogonal":
+        values = random.standard_normal(shape, np.float32) / np.float32(10)
+        rows = values if is_down else values.T  # [rank, in or out], a view
+        rows[1 if is_down else 0 :: 2] = 0
+        return values
+    if not is_down:
+        return np.zeros(shape, np.float32)
     if spec.init == "gaussian":
         return random.standard_normal(shape, np.float32) / np.float32(spec.rank)
-    if spec.init == "kaiming":
-        bound = 1.0 / np.sqrt(shape[1])
-        return random.uniform(-bound, bound, shape).astype(np.float32)
-    # QR of the tall side; with rank > in the columns are orthonormal instead.
-    tall = random.standard_normal((max(shape), min(shape)))
-    q, r = np.linalg.qr(tall)
-    q = q * np.sign(np.diag(r))  # makes the decomposition unique
-    return np.ascontiguousarray(q if shape[0] >= shape[1] else q.T).astype(np.float32)
-
-
-class _LoraForward:
-    """base(x) + scaling * B(A(dropout(x))), with A and B cast to the type of x for the product.
-
-    In float32 these are PEFT's own operations in PEFT's order. What PEFT does besides (merged or
-    disabled adapters, several adapters) is left to PEFT.
-    """
-
-    def __init__(self, layer: LoraLayer) -> None:
-        self.layer = layer
-        self.peft_forward = type(layer).forward
-
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layer = self.layer
-        if layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]:
-            return self.peft_forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-        result = layer.base_layer(x, *args, **kwargs)
-        down = layer.lora_A[ADAPTER].weight.to(x.dtype)  # [rank, in]
-        up = layer.lora_B[ADAPTER].weight.to(x.dtype)  # [out, rank]
-        delta = F.linear(F.linear(layer.lora_dropout[ADAPTER](x), down), up)
-        return result + (delta * layer.scaling[ADAPTER]).to(result.dtype)  # type: ignore[no-any-return]
+    bound = 1.0 / np.sqrt(shape[1])
+    return random.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def lora_layers(transformer: torch.nn.Module) -> dict[str, LoraLayer]:

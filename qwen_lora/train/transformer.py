@@ -22,7 +22,14 @@ def check_transformer(model: ModelFolder, manifests: Sequence[Manifest]) -> None
 
     Only configs are read. Another model id is fine: Qwen-Image-2512 trains on Qwen-Image's shards.
     """
-    facts = model.family.transformer_facts(model.config("transformer"))
+    config = model.config("transformer")
+    found = config.get("_class_name", model.family.transformer_class)
+    if found != model.family.transformer_class:
+        raise InputError(
+            f"the transformer of {model.model_id} is a {found}; {model.family.name} has a "
+            f"{model.family.transformer_class}"
+        )
+    facts = model.family.transformer_facts(config)
     for manifest in manifests:
         pairs = {
             "family": (manifest.fingerprint.family, model.family.name),
@@ -52,7 +59,7 @@ def load_base(model: ModelFolder, settings: Settings, device: torch.device) -> t
     Nothing else of the model is opened. Raises InputError for files that do not fit the config.
     """
     dtype = choose_dtype(settings, device)
-    if dtype is torch.float16:
+    if dtype is torch.float16 and _is_main_process():
         print(
             "warning: Qwen-Image's activations overflow float16; use mixed_precision bf16 on a "
             "card that has it",
@@ -64,3 +71,7 @@ def load_base(model: ModelFolder, settings: Settings, device: torch.device) -> t
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return cast(torch.nn.Module, transformer)
+
+
+def _is_main_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
