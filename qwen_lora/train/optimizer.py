@@ -39,7 +39,7 @@ def make_optimizer(parameters: NamedParameters, settings: Settings) -> torch.opt
     accepted = _accepted(kind)
     arguments = _adam_arguments(settings, accepted)
     weights = [parameter for _, parameter in parameters]
-    if name == "adamw":
+    if name == "adamw" and not {"foreach", "differentiable"} & settings.optimizer_args.keys():
         arguments["fused"] = all(weight.device.type in _FUSED_DEVICES for weight in weights)
     arguments |= _own_arguments(settings.optimizer_args, accepted, name)
     make: Any = kind
@@ -47,7 +47,8 @@ def make_optimizer(parameters: NamedParameters, settings: Settings) -> torch.opt
         with contextlib.redirect_stdout(io.StringIO()):  # Prodigy announces its weight decay
             optimizer: torch.optim.Optimizer = make(weights, lr=settings.learning_rate, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"optimizer {name} refuses its arguments: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"optimizer {name} refuses its arguments: {reason}") from error
     return optimizer
 
 

@@ -36,6 +36,7 @@ def test_adamw_is_torchs_fused_with_the_settings() -> None:
 
 def test_fused_equals_plain() -> None:
     """Up to rounding: the fused kernel is faster, not another optimizer."""
+    assert not make(optimizer_args={"foreach": True}).param_groups[0]["fused"]
     results = []
     for fused in (True, False):
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 500).view(20, 25))
