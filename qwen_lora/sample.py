@@ -187,9 +187,10 @@ def load_pipeline(
     """
     import torch
 
-    pipeline = folder.family.pipeline().from_pretrained(
-        str(folder.path), dtype=_dtype(dtype), local_files_only=True
-    )
+    with _bars_only_on_a_terminal():
+        pipeline = folder.family.pipeline().from_pretrained(
+            str(folder.path), dtype=_dtype(dtype), local_files_only=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     names = [f"lora{number}" for number in range(len(loras))]
     for name, file in zip(names, loras, strict=True):
@@ -199,6 +200,26 @@ def load_pipeline(
     if torch.cuda.is_available():
         _place(pipeline)
     return pipeline
+
+
+@contextmanager
+def _bars_only_on_a_terminal() -> Iterator[None]:
+    """The libraries' loading bars fill a log file with control characters."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [
+        library
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled() and not sys.stderr.isatty()
+    ]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 def _dtype(name: str) -> torch.dtype:
