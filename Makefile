@@ -59,7 +59,7 @@ format: $(VENV)/installed-dev
 check: test lint types
 
 wheel: $(VENV)/installed-dev
-	@$(BIN)/python -m build --wheel --outdir dist
+	@rm -rf build dist && $(BIN)/python -m build --wheel --outdir dist >/dev/null && ls dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
