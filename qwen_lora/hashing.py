@@ -1,6 +1,6 @@
 """Hashes and canonical JSON: the one way this project turns facts into names.
 
-Everything that is hashed or published goes through `canonical_json`, so equal facts are equal bytes.
+Everything that is hashed or published goes through `canonical_json`: equal facts, equal bytes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Nothing outside `families/` knows channel counts, latent scales, packing, templates or text widths.
 `Family` objects are cheap and import no torch until a method needs it.
 
-Shapes: B samples, C latent channels, H x W image pixels, h x w latent pixels, T text tokens, D text width.
+Shapes: B samples, C latent channels, H x W image pixels, h x w latent pixels, T text tokens,
+D text width.
 Every size is [height, width].
 """
 
@@ -64,7 +65,7 @@ class LatentEncoder(Protocol):
 
 
 class Family(Protocol):
-    """One architecture's answers. Stage 1 uses the encoders, stage 2 the transformer, never both."""
+    """One architecture's answers. Stage 1 uses the encoders, stage 2 the transformer alone."""
 
     name: str  # "qwen-image"; stands in every shard set's fingerprint
     pipeline_class: str  # `_class_name` in model_index.json
