@@ -124,8 +124,8 @@ def test_precompute_exits_with_the_summarys_code(stages: dict[str, Any]) -> None
         (QwenLoraError("it failed"), 1, "error: it failed\n"),
         (ShardError("shard x is damaged"), 1, "error: shard x is damaged\n"),
         (InputError("no such folder"), 2, "error: no such folder\n"),
-        (Stopped(signal.SIGTERM, "saved at step 3"), 143, "error: saved at step 3\n"),
-        (Stopped(signal.SIGINT), 130, "error: stopped by SIGINT\n"),
+        (Stopped(signal.SIGTERM, "saved at step 3"), 143, "saved at step 3\n"),
+        (Stopped(signal.SIGINT), 130, "stopped by SIGINT\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )

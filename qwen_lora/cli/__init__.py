@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from qwen_lora import __version__
 from qwen_lora.cli import more, shards, stages
-from qwen_lora.errors import QwenLoraError
+from qwen_lora.errors import QwenLoraError, Stopped
 
 
 class ExitCodes(TyperGroup):
@@ -22,7 +22,8 @@ class ExitCodes(TyperGroup):
             return super().invoke(ctx)
         except QwenLoraError as error:
             if not _said_by_another(error):
-                print(f"error: {error}", file=sys.stderr)
+                said = str(error) if isinstance(error, Stopped) else f"error: {error}"
+                print(said, file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             print("error: interrupted", file=sys.stderr)
@@ -33,12 +34,12 @@ class ExitCodes(TyperGroup):
 
 
 def _said_by_another(error: QwenLoraError) -> bool:
-    """Wrong settings are the same in every process; the first one on a machine says so."""
+    """Wrong settings and a stop are the same in every process; one on each machine says so."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     from qwen_lora.config.load import SettingsError
 
-    return isinstance(error, SettingsError)
+    return isinstance(error, SettingsError | Stopped)
 
 
 app = typer.Typer(

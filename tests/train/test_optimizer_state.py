@@ -117,3 +117,11 @@ class Unsaveable(torch.optim.SGD):
 def test_an_optimizer_that_cannot_resume_is_refused_before_training(kind: Any) -> None:
     with pytest.raises(InputError, match=f"{kind.__name__}: its state does not survive"):
         check_round_trip(lambda named: kind([p for _, p in named], lr=1e-3), CPU)
+
+
+def test_an_optimizer_for_sparse_gradients_is_one_clear_error() -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SparseAdam([parameter for _, parameter in parameters])
+
+    with pytest.raises(InputError, match="SparseAdam cannot train a LoRA"):
+        check_round_trip(make, torch.device("cpu"))
