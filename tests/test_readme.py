@@ -4,6 +4,7 @@ What stands for a real model, dataset and duration is exchanged for the tiny mod
 few steps; everything else is as printed.
 """
 
+import gc
 import re
 import shlex
 import shutil
@@ -87,6 +88,30 @@ def _check_python_blocks(tiny_model: Path) -> None:
     exec(block.replace("Qwen/Qwen-Image", str(tiny_model)), names)
     pipeline = names["pipeline"]
     assert pipeline.get_active_adapters() == ["default_0"]  # type: ignore[attr-defined]
+
+
+# webdataset leaves the files it has read to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_shard_page_reads_a_set_with_others_tools(
+    tiny_model: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(tiny_model), "--resolution", "64", *SMALL]
+    result = CliRunner().invoke(app, ["precompute", str(image_folder), *options])
+    assert result.exit_code == 0, result.output
+    page = (README.parent / "docs" / "shards.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (shard,) = Path("shards").glob("*.tar")
+    capsys.readouterr()
+    exec(block.replace("SHARD", shard.name), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all("picture with a small square" in line for line in lines)
+    gc.collect()
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -101,6 +101,12 @@ def _check_train(settings: Settings) -> Iterator[Finding]:
             ("lr_step_rules", "lr_scheduler"),
             "piecewise_constant needs rules such as 1:1000,0.1:2000,0.01",
         )
+    if settings.optimizer == "prodigy" and settings.learning_rate < 0.1:
+        yield Finding(
+            ("learning_rate", "optimizer"),
+            f"is {settings.learning_rate}; Prodigy finds its own step size and expects about 1",
+            is_note=True,
+        )
     paths = [str(source.path) for source in settings.shards]
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         yield Finding(("shards",), f"{path} is given twice; give it once with a weight")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qwen_lora.config.schema import Settings
+from qwen_lora.families.modules import compute_dtype
 from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
 from qwen_lora.shards.format import Manifest
@@ -20,7 +21,6 @@ from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
 from qwen_lora.train.lr_schedule import make_lr_scheduler
-from qwen_lora.train.objective import compute_dtype
 from qwen_lora.train.optimizer import make_optimizer
 from qwen_lora.train.optimizer_state import check_round_trip, pack_optimizer, unpack_optimizer
 from qwen_lora.train.plan import BatchRule, PlanTable, plan_id

@@ -16,6 +16,7 @@ import torch
 from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_class
 from qwen_lora.families.base import Family
+from qwen_lora.families.modules import compute_dtype, unwrap
 from qwen_lora.train.timesteps import loss_weight, round_to
 
 
@@ -53,27 +54,6 @@ def flow_matching_loss(
     velocity = family.velocity(transformer, noised, sigmas, prompt_embeds, prompt_masks)
     error = velocity.float() - (noise - latents)
     return weight * error.square().mean(dim=(1, 2, 3))
-
-
-def unwrap(transformer: torch.nn.Module) -> torch.nn.Module:
-    """The model inside torch.compile's and DDP's wrappers."""
-    while True:
-        inner = getattr(transformer, "_orig_mod", None) or getattr(transformer, "module", None)
-        if not isinstance(inner, torch.nn.Module):
-            return transformer
-        transformer = inner
-
-
-def compute_dtype(transformer: torch.nn.Module) -> torch.dtype:
-    """The dtype that the transformer computes in: that of its floating base weights.
-
-    LoRA weights are float32 on a base of any dtype, and quantised weights are integers; neither
-    says what the model computes in. A module without weights computes in float32.
-    """
-    for name, parameter in unwrap(transformer).named_parameters():
-        if parameter.is_floating_point() and "lora_" not in name:
-            return parameter.dtype
-    return torch.float32
 
 
 def _check_shapes(

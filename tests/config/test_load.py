@@ -376,3 +376,12 @@ def test_every_setting_says_what_it_is() -> None:
 def test_problems_are_settings_errors(tmp_path: Path) -> None:
     with pytest.raises(SettingsError):
         load(tmp_path, "rank: x")
+
+
+def test_prodigy_with_a_small_learning_rate_is_noted() -> None:
+    notes: list[str] = []
+    load_settings("train", None, ["optimizer=prodigy"], notes=notes)
+    assert any("Prodigy" in note for note in notes)
+    notes.clear()
+    load_settings("train", None, ["optimizer=prodigy", "learning_rate=1"], notes=notes)
+    assert not notes

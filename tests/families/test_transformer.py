@@ -12,7 +12,8 @@ import torch
 
 from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_class, family_by_name
-from qwen_lora.families.qwen_image.transformer import compute_dtype, pack, unpack
+from qwen_lora.families.modules import compute_dtype
+from qwen_lora.families.qwen_image.transformer import pack, unpack
 from qwen_lora.models import ModelFolder
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from peft import LoraConfig
 
 from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_name
-from qwen_lora.train.objective import compute_dtype, flow_matching_loss, unwrap
+from qwen_lora.families.modules import compute_dtype, unwrap
+from qwen_lora.train.objective import flow_matching_loss
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qwen_lora.errors import InputError
+from qwen_lora.families.modules import compute_dtype, unwrap
 from qwen_lora.families.qwen_image.constants import PATCH
 from qwen_lora.families.qwen_image.loading import empty_module, load_weights, quantize_linears
 from qwen_lora.models import ModelFolder
@@ -119,28 +120,6 @@ def join_prompts(
     return joined, mask
 
 
-def compute_dtype(transformer: Callable[..., Any]) -> torch.dtype:
-    """The type of the transformer's first layer, whatever wraps it and whatever LoRA weights are.
-
-    A callable without that layer (a stand-in in a benchmark) computes in float32.
-    """
-    layer = getattr(_unwrap(transformer), "img_in", None)
-    layer = getattr(layer, "base_layer", layer)
-    return layer.weight.dtype if isinstance(layer, torch.nn.Linear) else torch.float32
-
-
-def _unwrap(transformer: Any) -> Any:
-    """The module inside DistributedDataParallel or torch.compile."""
-    while True:
-        for name in ("module", "_orig_mod"):
-            inner = getattr(transformer, name, None)
-            if isinstance(inner, torch.nn.Module):
-                transformer = inner
-                break
-        else:
-            return transformer
-
-
 def _check_shapes(
     transformer: Callable[..., Any],
     latents: torch.Tensor,
@@ -164,7 +143,7 @@ def _check_shapes(
                 f"a prompt of shape {list(embeds.shape)} with a mask of shape {list(mask.shape)}: "
                 "expected [T, D] and [T]"
             )
-    config = getattr(_unwrap(transformer), "config", None)
+    config = getattr(unwrap(transformer), "config", None)
     if config is None or not hasattr(config, "in_channels"):
         return
     if config.in_channels != channels * PATCH**2:
