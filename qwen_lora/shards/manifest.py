@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_lora.errors import InputError, ShardError
-from qwen_lora.hashing import canonical_json, sha256_hex
+from qwen_lora.hashing import canonical_json, sha256_file, sha256_hex
 from qwen_lora.shards.format import (
     FORMAT_MAJOR,
     NAME_HEX,
@@ -19,11 +20,13 @@ from qwen_lora.shards.format import (
     Manifest,
     ShardEntry,
 )
-from qwen_lora.shards.safe import parse_json
-from qwen_lora.shards.sidecar import Sidecar, decode_sidecar
+from qwen_lora.shards.record import LATENT_NAMES
+from qwen_lora.shards.safe import parse_json, printable
+from qwen_lora.shards.sidecar import Sidecar, decode_fingerprint, decode_sidecar
 
 MANIFEST = "manifest.json"
-MANIFEST_MAX_BYTES = 256 << 20
+MANIFEST_MAX_BYTES = 64 << 20  # a million samples need about 4 MiB
+_LISTED_MAX_BYTES = 1 << 30  # of one small listed file
 KNOWN_FEATURES: frozenset[str] = frozenset()
 _NAMES = {
     "tar": r"shard-[0-9a-f]{12}\.tar",
@@ -61,18 +64,19 @@ def decode_manifest(data: bytes, what: str) -> Manifest:
             for entry in value["shards"]
         )
         fields = {name: value[name] for name in Manifest.__dataclass_fields__ if name in value}
-        for name in ("unconditional", "previews", "rgb", "retired"):
+        fields["unconditional"] = _file(value["unconditional"], "unconditional")
+        for name in ("previews", "rgb", "retired"):
             fields[name] = None if value[name] is None else _file(value[name], name)
         if value["previous"] is not None:
             _check_name(value["previous"], "previous")
         fields |= {
-            "fingerprint": Fingerprint(**value["fingerprint"]),
+            "fingerprint": decode_fingerprint(value["fingerprint"]),
             "shards": shards,
             "required_features": tuple(value["required_features"]),
         }
         manifest = Manifest(**fields)
         _check_types(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{what}: not a manifest of format {FORMAT_MAJOR} ({error})") from None
     return manifest
 
@@ -84,10 +88,13 @@ def _check_version(value: dict[str, Any], what: str) -> None:
             f"{what} has shard format {major}.{minor}; this version reads {FORMAT_MAJOR}.x: "
             "it needs a newer qwen-lora"
         )
-    unknown = set(value.get("required_features", ())) - KNOWN_FEATURES
+    features = value.get("required_features", [])
+    if type(minor) is not int or not _texts(features):
+        raise ShardError(f"{what}: not a manifest of format {FORMAT_MAJOR} (format or features)")
+    unknown = sorted(set(features) - KNOWN_FEATURES)
     if unknown:
         raise InputError(
-            f"{what} needs {', '.join(sorted(unknown))}, which this version of qwen-lora lacks: "
+            f"{what} needs {printable(', '.join(unknown))}, which this version of qwen-lora lacks: "
             "it needs a newer one"
         )
 
@@ -95,7 +102,8 @@ def _check_version(value: dict[str, Any], what: str) -> None:
 def _file(value: Any, kind: str) -> FileEntry:
     entry = FileEntry(**value)
     _check_name(entry.name, kind)
-    if type(entry.bytes) is not int or entry.bytes < 0 or not _is_sha256(entry.sha256):
+    most = 1 << 48 if kind == "tar" else _LISTED_MAX_BYTES
+    if type(entry.bytes) is not int or not 0 < entry.bytes <= most or not _is_sha256(entry.sha256):
         raise ValueError(f"entry of {entry.name}")
     if entry.name.split("-")[1][:NAME_HEX] != entry.sha256[:NAME_HEX] and kind != "sidecar":
         raise ValueError(f"{entry.name} is not named by its content {entry.sha256[:NAME_HEX]}")
@@ -116,8 +124,17 @@ def _check_types(manifest: Manifest) -> None:
     naturals = (manifest.latent_channels, manifest.latent_scale, manifest.text_width)
     if not all(type(number) is int and 0 < number < 1 << 20 for number in naturals):
         raise ValueError(f"latent channels, latent scale and text width {naturals}")
-    if manifest.posterior not in ("mode", "mean_std"):
+    if manifest.posterior not in LATENT_NAMES:
         raise ValueError(f"posterior {manifest.posterior!r}")
+    if not isinstance(manifest.model, dict) or not isinstance(manifest.recipe, dict):
+        raise ValueError("model or recipe is not an object")
+    histograms = manifest.histograms
+    if not isinstance(histograms, dict) or not all(
+        map(_counts, (manifest.counts, *histograms.values()))
+    ):
+        raise ValueError("counts or histograms are not numbers by name")
+    if not all(name.isdecimal() and len(name) < 12 for name in histograms.get("tokens", ())):
+        raise ValueError("a token length is not a number")
     names = [entry.tar.name for entry in manifest.shards]
     if any(Path(entry.sidecar.name).stem != Path(entry.tar.name).stem for entry in manifest.shards):
         raise ValueError("a sidecar that is not named as its shard")
@@ -125,6 +142,16 @@ def _check_types(manifest: Manifest) -> None:
         raise ValueError("a shard is listed twice")
     if not all(type(entry.samples) is int and entry.samples > 0 for entry in manifest.shards):
         raise ValueError("a shard without samples")
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        type(count) is int and 0 <= count < 1 << 62 for count in value.values()
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -136,14 +163,22 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
     Raises InputError when there is no shard set or the asked generation is gone, ShardError when a
     manifest's bytes are not those its name promises.
     """
+    _check_local(folder)
     if not folder.is_dir():
         raise InputError(f"no shard set at {folder}: run `qwen-lora precompute` or name its folder")
     path = folder / name
+    if name != MANIFEST:
+        if not re.fullmatch(_NAMES["previous"], name):
+            raise InputError(f"{name!r} is not a generation: give the name of a manifest-*.json")
+        if not path.is_file():
+            raise InputError(f"{folder} has no generation {name}: it was pruned, or the set moved")
     if not path.is_file():
         found = "an unfinished precompute" if any(folder.glob("shard-*.tar")) else "no manifest"
         raise InputError(
             f"{folder} holds {found} ({name} is missing): run `qwen-lora precompute` to the end"
         )
+    if path.stat().st_size > MANIFEST_MAX_BYTES:
+        raise ShardError(f"{path}: {path.stat().st_size} bytes are more than a manifest can have")
     data = path.read_bytes()
     generation = content_name("manifest", sha256_hex(data), ".json")
     if name != MANIFEST and name != generation:
@@ -157,24 +192,49 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
     return manifest, generation
 
 
+def _check_local(folder: Path) -> None:
+    """Raises InputError for a URL; pathlib has folded its double slash."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", folder.as_posix()):
+        raise InputError(
+            f"{folder.as_posix()}: remote sets are not supported by this version; "
+            "copy it to a folder"
+        )
+
+
+def damaged_generations(folder: Path) -> list[str]:
+    """Names of kept generations whose content is not what their name promises."""
+    damaged = []
+    for path in sorted(folder.glob("manifest-*.json")):
+        sound = path.is_file() and path.stat().st_size <= MANIFEST_MAX_BYTES
+        if not sound or content_name("manifest", sha256_file(path), ".json") != path.name:
+            damaged.append(path.name)
+    return damaged
+
+
 def read_listed(folder: Path, entry: FileEntry) -> bytes:
     """A small listed file (sidecar, unconditional, ...), checked against its hash."""
     path = folder / entry.name
-    try:
-        if path.stat().st_size != entry.bytes:
-            raise ShardError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
-                "copy it again from its source"
-            )
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; copy it again from its source") from None
+    check_length(path, entry.bytes)
+    data = path.read_bytes()
     if sha256_hex(data) != entry.sha256:
         raise ShardError(
             f"{path} is damaged: sha256 {sha256_hex(data)[:NAME_HEX]}, the manifest says "
             f"{entry.sha256[:NAME_HEX]}; copy it again from its source"
         )
     return data
+
+
+def check_length(path: Path, expected: int) -> None:
+    """Raises ShardError unless `path` is a regular file of the length that the manifest says."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; copy it again from its source") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
+        raise ShardError(
+            f"{path} has {found.st_size} bytes, the manifest says {expected}; "
+            "copy it again from its source"
+        )
 
 
 def read_sidecar(folder: Path, entry: ShardEntry) -> Sidecar:
@@ -192,8 +252,9 @@ def read_retired(folder: Path, manifest: Manifest) -> frozenset[str]:
     """Ids of samples that are in the shards but no longer live."""
     if manifest.retired is None:
         return frozenset()
-    value = parse_json(read_listed(folder, manifest.retired), manifest.retired.name, 1 << 30)
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    data = read_listed(folder, manifest.retired)
+    value = parse_json(data, manifest.retired.name, _LISTED_MAX_BYTES)
+    if not _texts(value):
         raise ShardError(f"{manifest.retired.name}: not a list of sample ids")
     return frozenset(value)
 
@@ -243,5 +304,5 @@ def fingerprint_difference(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."

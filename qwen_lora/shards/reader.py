@@ -10,15 +10,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qwen_lora.errors import InputError, ShardError
+import numpy as np
+
+from qwen_lora.errors import ShardError
 from qwen_lora.hashing import sha256_hex
 from qwen_lora.shards.format import Manifest, RecordMeta
 from qwen_lora.shards.manifest import (
     MANIFEST,
+    check_length,
+    fingerprint_difference,
     load_manifest,
     read_listed,
     read_retired,
-    read_sidecar,
 )
 from qwen_lora.shards.record import (
     LATENT_NAMES,
@@ -26,9 +29,11 @@ from qwen_lora.shards.record import (
     RecordShape,
     decode_meta,
     decode_tensors,
+    unconditional_shape,
 )
-from qwen_lora.shards.safe import parse_tensor_header
-from qwen_lora.shards.table import SampleTable, join_tables, table_of_rows
+from qwen_lora.shards.sidecar import decode_table
+from qwen_lora.shards.table import SampleTable, join_tables
+from qwen_lora.shards.tar import tar_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -61,32 +66,24 @@ class ShardSet:
         Raises InputError when there is no set at `path` or it needs a newer version, ShardError
         when a file of it is missing or not what the manifest says.
         """
-        if "://" in str(path):
-            raise InputError(
-                f"{path}: remote shard sets are not supported yet; copy it to a folder"
-            )
         folder = Path(path)
         manifest, name = load_manifest(folder, generation or MANIFEST)
-        retired = read_retired(folder, manifest)
-        parts: list[SampleTable] = []
-        seen: dict[str, int] = {}  # sample id -> shard
+        parts = []
         for index, entry in enumerate(manifest.shards):
-            _check_length(folder / entry.tar.name, entry.tar.bytes)
-            sidecar = read_sidecar(folder, entry)
-            if sidecar.fingerprint.hash != manifest.fingerprint.hash:
-                raise ShardError(
-                    f"{folder / entry.tar.name} was made with other encoders than the manifest "
-                    "says; run precompute again into a new folder"
-                )
-            rows = [row for row in sidecar.rows if row.sample_id not in retired]
-            for row in rows:
-                if seen.setdefault(row.sample_id, index) != index:
-                    other = manifest.shards[seen[row.sample_id]].tar.name
-                    raise ShardError(
-                        f"sample {row.sample_id} stands in {other} and in {entry.tar.name}"
-                    )
-            parts.append(table_of_rows(rows, index))
-        return cls(folder, manifest, name, join_tables(parts))
+            check_length(folder / entry.tar.name, entry.tar.bytes)
+            parts.append(_table(folder, manifest, index))
+        table = join_tables(parts)
+        retired = read_retired(folder, manifest)
+        if retired:
+            live = (sample not in retired for sample in table.sample_id)
+            table = table.take(np.fromiter(live, np.bool_, len(table)))
+        if twins := table.repeated():
+            first, second = (manifest.shards[table.shard[row]].tar.name for row in sorted(twins))
+            raise ShardError(
+                f"{folder}: sample {table.sample_id[twins[0]]} stands in {first} and in {second}; "
+                "copy the set again from its source"
+            )
+        return cls(folder, manifest, name, table)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -126,10 +123,8 @@ class ShardSet:
         """The empty prompt's embedding [T, D] bfloat16 and mask [T] bool."""
         entry = self.manifest.unconditional
         data = read_listed(self.folder, entry)
-        entries = parse_tensor_header(data, entry.name)
-        tokens = entries["prompt_embeds.0"].shape[0] if "prompt_embeds.0" in entries else 0
-        expected = RecordShape((), (0, 0, 0), (tokens,), self.manifest.text_width)
-        tensors = decode_tensors(data, expected, None, entry.name)
+        shape = unconditional_shape(data, self.manifest.text_width, entry.name)
+        tensors = decode_tensors(data, shape, None, entry.name)
         return tensors["prompt_embeds.0"], tensors["prompt_mask.0"]
 
     def where(self, row: int) -> str:
@@ -164,15 +159,25 @@ class ShardSet:
         self.close()
 
 
-def _check_length(path: Path, expected: int) -> None:
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; copy it again from its source") from None
-    if found != expected:
+def _table(folder: Path, manifest: Manifest, index: int) -> SampleTable:
+    """One shard's rows, its sidecar checked against the manifest."""
+    entry = manifest.shards[index]
+    what = str(folder / entry.sidecar.name)
+    fingerprint, table = decode_table(read_listed(folder, entry.sidecar), what, index)
+    if fingerprint.hash != manifest.fingerprint.hash:
+        lines = fingerprint_difference(manifest.fingerprint, fingerprint)
         raise ShardError(
-            f"{path} has {found} bytes, the manifest says {expected}; copy it again from its source"
+            f"{folder / entry.tar.name} was made with other encoders than the manifest says "
+            f"({'; '.join(lines)}); run precompute again into a new folder"
         )
+    if len(table) != entry.samples or tar_bytes(table.end) != entry.tar.bytes:
+        raise ShardError(
+            f"{what}: {len(table)} samples that end at byte {table.end}, the manifest says "
+            f"{entry.samples} samples in {entry.tar.bytes} bytes"
+        )
+    if (table.bucket % manifest.latent_scale).any():
+        raise ShardError(f"{what}: a bucket is not a multiple of {manifest.latent_scale} pixels")
+    return table
 
 
 class _OpenFiles:
@@ -180,53 +185,54 @@ class _OpenFiles:
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
-        self._busy: dict[int, int] = {}  # descriptor -> readers
+        self._readers: dict[int, int] = {}  # descriptor -> reads under way
+        self._most = OPEN_FILES
         self._lock = threading.Lock()
 
     def read(self, path: Path, length: int, offset: int, size: int) -> bytes:
-        if offset + size > length:
-            raise ShardError(f"{path}: a member ends at {offset + size}, the shard at {length}")
         descriptor = self._borrow(path, length)
         try:
             return _read_at(descriptor, offset, size)
         finally:
-            self._give_back(descriptor)
+            with self._lock:
+                self._readers[descriptor] -= 1
+                self._close_surplus()
 
     def _borrow(self, path: Path, length: int) -> int:
         with self._lock:
+            if self._most == 0:
+                raise ValueError(f"{path.parent}: this shard set was closed")
             descriptor = self._open.pop(path, None)
             if descriptor is None:
-                _check_length(path, length)
+                check_length(path, length)
                 descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             self._open[path] = descriptor
-            self._busy[descriptor] = self._busy.get(descriptor, 0) + 1
+            self._readers[descriptor] = self._readers.get(descriptor, 0) + 1
             return descriptor
 
-    def _give_back(self, descriptor: int) -> None:
-        with self._lock:
-            self._busy[descriptor] -= 1
-            if len(self._open) > OPEN_FILES:
-                self._close_idle(len(self._open) - OPEN_FILES)
-
-    def _close_idle(self, count: int) -> None:
-        idle = [path for path, descriptor in self._open.items() if not self._busy[descriptor]]
-        for path in idle[:count]:
+    def _close_surplus(self) -> None:
+        """Close the oldest files that nobody reads, until few enough are open."""
+        surplus = len(self._open) - self._most
+        idle = [path for path, descriptor in self._open.items() if not self._readers[descriptor]]
+        for path in idle[: max(surplus, 0)]:
             descriptor = self._open.pop(path)
-            del self._busy[descriptor]
+            del self._readers[descriptor]
             os.close(descriptor)
 
     def close(self) -> None:
+        """Close what nobody reads; a read under way closes its file when it ends."""
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
-            self._busy.clear()
+            self._most = 0
+            self._close_surplus()
+
+
+_seek_lock = threading.Lock()  # where there is no pread, a file's position is shared
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:
     """`size` bytes, or fewer at the end of the file."""
     if not hasattr(os, "pread"):  # Windows
-        with os.fdopen(os.dup(descriptor), "rb") as file:
+        with _seek_lock, os.fdopen(os.dup(descriptor), "rb") as file:
             file.seek(offset)
             return file.read(size)
     data = os.pread(descriptor, size, offset)

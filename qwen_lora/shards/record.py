@@ -18,7 +18,12 @@ import numpy as np
 from qwen_lora.errors import ShardError
 from qwen_lora.hashing import canonical_json
 from qwen_lora.shards.format import RecordMeta
-from qwen_lora.shards.safe import TensorEntry, parse_json, parse_tensor_header
+from qwen_lora.shards.safe import (
+    JSON_MEMBER_MAX_BYTES,
+    TensorEntry,
+    parse_json,
+    parse_tensor_header,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +67,22 @@ def encode_meta(meta: RecordMeta) -> bytes:
 
 def encode_record(meta: RecordMeta, tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, bytes]:
     """The JSON and the safetensors member. Tensors must be contiguous CPU tensors of the stored
-    dtypes; no metadata is written, since safetensors orders more than one key at random."""
+    dtypes; no metadata is written, since safetensors orders more than one key at random.
+
+    Raises ShardError for what a reader would refuse: too long, another dtype, not finite.
+    """
     from safetensors.torch import save
 
-    return encode_meta(meta), save({name: tensors[name].contiguous() for name in sorted(tensors)})
+    facts = encode_meta(meta)
+    data = save({name: tensors[name].contiguous() for name in sorted(tensors)})
+    what = f"record of {meta.source or meta.source_sha256[:12]}"
+    if len(facts) > JSON_MEMBER_MAX_BYTES:
+        raise ShardError(
+            f"{what}: {len(facts)} bytes of JSON, more than the {JSON_MEMBER_MAX_BYTES} that a "
+            "record may have; shorten its captions"
+        )
+    check_values(data, parse_tensor_header(data, what), what)
+    return facts, data
 
 
 def decode_meta(data: bytes | memoryview, what: str = "record") -> RecordMeta:
@@ -128,6 +145,15 @@ def check_tensors(
     return entries
 
 
+def unconditional_shape(data: bytes, text_width: int, what: str) -> RecordShape:
+    """What the unconditional file holds: one embedding of any length, and its mask."""
+    entry = parse_tensor_header(data, what).get("prompt_embeds.0")
+    tokens = entry.shape[0] if entry is not None and len(entry.shape) == 2 else 0
+    if not tokens:
+        raise ShardError(f"{what}: no embedding")
+    return RecordShape((), (0, 0, 0), (tokens,), text_width)
+
+
 def check_values(
     data: bytes | memoryview, entries: Mapping[str, TensorEntry], what: str = "record"
 ) -> None:
@@ -137,6 +163,8 @@ def check_values(
         if entry.dtype == "BOOL":
             if raw.size and int(raw.max()) > 1:
                 raise ShardError(f"{what}: {name} holds values other than true and false")
+        elif entry.dtype not in _EXPONENT_BITS:
+            raise ShardError(f"{what}: {name} is {entry.dtype}, which no record holds")
         else:
             bits = np.uint16(_EXPONENT_BITS[entry.dtype])
             # Bytes of the buffer may be at any address: view(), not a cast, keeps them in place.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,11 +14,12 @@ from qwen_lora.errors import ShardError
 JSON_MEMBER_MAX_BYTES = 256 << 10  # a record's JSON member
 TENSOR_HEADER_MAX_BYTES = 64 << 10  # a record's safetensors header
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 DTYPE_BYTES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 def parse_json(data: bytes | memoryview, what: str, max_bytes: int = JSON_MEMBER_MAX_BYTES) -> Any:
-    """Parse JSON without duplicate keys, NaN, deep nesting or excess length.
+    """Parse JSON without duplicate keys, NaN, lone surrogates, deep nesting or excess length.
 
     Raises ShardError that starts with `what`.
     """
@@ -32,11 +35,25 @@ def parse_json(data: bytes | memoryview, what: str, max_bytes: int = JSON_MEMBER
     def no_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else no_constant(digits)
+
     try:
         text = bytes(data).decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite
+        )
+        if _SURROGATE.search(text):  # half of one is no text: it could not be printed or stored
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{what}: not valid JSON ({error})") from None
+
+
+def printable(text: str) -> str:
+    """Other people's text for a terminal: what could steer it is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ def _entry(value: Any, base: int, what: str) -> TensorEntry:
     if not isinstance(value, Mapping) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ShardError(f"{what}: not a tensor entry")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise ShardError(f"{what}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     if not _naturals(shape) or len(shape) > 4 or not _naturals(offsets) or len(offsets) != 2:
         raise ShardError(f"{what}: shape {shape!r} or offsets {offsets!r} make no sense")
@@ -97,6 +114,6 @@ def _entry(value: Any, base: int, what: str) -> TensorEntry:
 
 def _naturals(value: Any) -> bool:
     """Whether value is a list of plain integers from 0 to 2^40."""
-    return isinstance(value, Sequence) and all(
+    return isinstance(value, list) and all(
         type(number) is int and 0 <= number < 1 << 40 for number in value
     )

@@ -5,20 +5,19 @@ Hashes stand as hex strings; offsets are of a member's data in the tar, in bytes
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen_lora.errors import ShardError
-from qwen_lora.hashing import canonical_json, hash_json
-from qwen_lora.shards.format import FORMAT_MAJOR, FORMAT_MINOR, Fingerprint
+from qwen_lora.hashing import canonical_json
+from qwen_lora.shards.format import FORMAT_MAJOR, FORMAT_MINOR, Fingerprint, sample_id
 from qwen_lora.shards.safe import parse_json
+from qwen_lora.shards.table import HexColumn, SampleTable, table_of_columns
+from qwen_lora.shards.tar import MEMBERS, padded
 
-SIDECAR_MAX_BYTES = 512 << 20
-MEMBERS = ("json", "safetensors")  # in tar order
-BLOCK = 512  # of a tar
-TAR_RECORD = 20 * BLOCK  # a tar's length is a multiple of this
+SIDECAR_MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,6 @@ class Sidecar:
     rows: tuple[SidecarRow, ...]
 
 
-def padded(size: int) -> int:
-    """A member's length in whole tar blocks."""
-    return -(-size // BLOCK) * BLOCK
-
-
-def canonical_header(name: str, size: int) -> bytes:
-    """The 512 bytes that a member's header must be: plain file, mode 644, nobody, time 0."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = size, 0o644, 0
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
 def encode_sidecar(sidecar: Sidecar) -> bytes:
     rows = sidecar.rows
     columns: dict[str, list[Any]] = {
@@ -96,63 +83,87 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
 
 
 def decode_sidecar(data: bytes, what: str) -> Sidecar:
-    """Raises ShardError when a column is missing, too short, or does not make sense."""
-    value = parse_json(data, what, SIDECAR_MAX_BYTES)
-    try:
-        if value["format"][0] != FORMAT_MAJOR:
-            raise ShardError(f"{what}: format {value['format']} needs another version of qwen-lora")
-        fingerprint = Fingerprint(**value["fingerprint"])
-        rows = tuple(_rows(value["columns"]))
+    """Everything in a sidecar, row by row, with every sample id recomputed.
+
+    Raises ShardError when a column is missing, too short, or does not make sense.
+    """
+    value, fingerprint = _decode(data, what)
+    with _refused(what):
+        columns = value["columns"]
+        table = table_of_columns(columns, 0)
+        rows = tuple(_rows(table, columns["text_ids"]))
         sidecar = Sidecar(fingerprint, dict(value["made_by"]), rows)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ShardError(f"{what}: not a sidecar of format {FORMAT_MAJOR} ({error!r})") from None
-    _check_rows(sidecar.rows, what)
+    for row in rows:
+        if row.sample_id != sample_id(row.latent_id, list(row.text_ids)):
+            raise ShardError(f"{what}: sample id {row.sample_id} is not that of its contents")
     return sidecar
 
 
-def _rows(columns: dict[str, list[Any]]) -> Iterator[SidecarRow]:
-    names = ["sample_id", "latent_id", "text_ids", "source_sha256", "group", "bucket"]
-    names += ["token_counts"]
-    names += [f"{name}_{fact}" for name in MEMBERS for fact in ("offset", "bytes", "sha256")]
-    for values in zip(*(columns[name] for name in names), strict=True):
-        sample, latent, texts, source, group, bucket, tokens, *facts = values
-        if not (isinstance(group, str) and len(bucket) == 2 and len(texts) == len(tokens) > 0):
-            raise ValueError(f"row of sample {sample}")
+def decode_table(data: bytes, what: str, shard: int) -> tuple[Fingerprint, SampleTable]:
+    """What reading needs of a sidecar, without an object a sample. Raises ShardError."""
+    value, fingerprint = _decode(data, what)
+    with _refused(what):
+        return fingerprint, table_of_columns(value["columns"], shard)
+
+
+def _decode(data: bytes, what: str) -> tuple[dict[str, Any], Fingerprint]:
+    value = parse_json(data, what, SIDECAR_MAX_BYTES)
+    with _refused(what):
+        if value["format"][0] != FORMAT_MAJOR:
+            raise ShardError(f"{what}: format {value['format']} needs another version of qwen-lora")
+        return value, decode_fingerprint(value["fingerprint"])
+
+
+def decode_fingerprint(value: Any) -> Fingerprint:
+    """Raises ValueError, TypeError or KeyError for anything that is no fingerprint."""
+    fingerprint = Fingerprint(**value)
+    sound = (
+        isinstance(fingerprint.family, str)
+        and isinstance(fingerprint.vae, dict)
+        and isinstance(fingerprint.text, dict)
+        and fingerprint.format_major == FORMAT_MAJOR
+    )
+    if not sound:
+        raise ValueError("not a fingerprint")
+    return fingerprint
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Turn what a nonsensical sidecar raises into a ShardError."""
+    try:
+        yield
+    except ShardError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ShardError(f"{what}: not a sidecar of format {FORMAT_MAJOR} ({error!r})") from None
+
+
+def _rows(table: SampleTable, text_ids: list[list[str]]) -> Iterator[SidecarRow]:
+    HexColumn.of([text for texts in text_ids for text in texts], 64)
+    hashes = [HexColumn(table.member_sha256[:, member]) for member in range(len(MEMBERS))]
+    columns = zip(
+        table.sample_id,
+        table.latent_id,
+        text_ids,
+        table.source_sha256,
+        table.group,
+        table.bucket.tolist(),
+        table.member_offsets.tolist(),
+        table.member_bytes.tolist(),
+        zip(*hashes, strict=True),
+        strict=True,
+    )
+    for row, (name, latent, texts, source, group, bucket, *members) in enumerate(columns):
+        entries = [MemberEntry(*facts) for facts in zip(*members, strict=True)]
         yield SidecarRow(
-            _hex(sample, 32),
-            _hex(latent, 64),
-            tuple(_hex(text, 64) for text in texts),
-            _hex(source, 64),
-            group,
-            (_natural(bucket[0]), _natural(bucket[1])),
-            tuple(_natural(count) for count in tokens),
-            MemberEntry(_natural(facts[0]), _natural(facts[1]), _hex(facts[2], 64)),
-            MemberEntry(_natural(facts[3]), _natural(facts[4]), _hex(facts[5], 64)),
+            sample_id=name,
+            latent_id=latent,
+            text_ids=tuple(texts),
+            source_sha256=source,
+            group=group,
+            bucket=(bucket[0], bucket[1]),
+            token_counts=table.tokens_of(row),
+            json=entries[0],
+            safetensors=entries[1],
         )
-
-
-def _check_rows(rows: Sequence[SidecarRow], what: str) -> None:
-    """Sample ids ascend, and members follow each other as the writer lays them out."""
-    position, last = 0, ""
-    for row in rows:
-        if row.sample_id <= last:
-            raise ShardError(f"{what}: sample {row.sample_id} is out of order or stands twice")
-        if row.sample_id != hash_json([row.latent_id, list(row.text_ids)])[:32]:
-            raise ShardError(f"{what}: sample id {row.sample_id} is not that of its contents")
-        for entry in (row.json, row.safetensors):
-            if entry.offset != position + BLOCK:
-                raise ShardError(f"{what}: sample {row.sample_id} does not follow the one before")
-            position = entry.offset + padded(entry.bytes)
-        last = row.sample_id
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 48:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
-def _hex(value: Any, digits: int) -> str:
-    if not isinstance(value, str) or len(value) != digits or value.strip("0123456789abcdef"):
-        raise ValueError(f"{value!r} is not {digits} hex digits")
-    return value

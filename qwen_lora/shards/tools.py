@@ -10,6 +10,7 @@ from typing import Any
 from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.manifest import load_manifest, read_sidecar
 from qwen_lora.shards.reader import ShardSet
+from qwen_lora.shards.safe import printable
 
 _SHOWN = 12  # lines of a histogram
 
@@ -46,25 +47,26 @@ def info(path: str | Path) -> dict[str, Any]:
 
 def format_info(facts: dict[str, Any]) -> str:
     """`info` for a person."""
-    counts, histograms = facts["counts"], facts["histograms"]
-    model = facts["model"]
+    counts, histograms, model = facts["counts"], facts["histograms"], facts["model"]
+    fingerprint = facts["fingerprint"]
     revision = f"@{model['revision']}" if model.get("revision") else ""
     lines = [
         f"shard set    {facts['path']} (format {facts['format']}, {facts['generation']})",
-        f"model        {model.get('id')}{revision}, family {facts['fingerprint']['family']}",
-        f"samples      {counts['samples']} of {counts['images']} images, "
-        f"{counts['captions']} captions, {counts['retired']} retired",
-        f"size         {counts['bytes'] / (1 << 20):.1f} MiB in {facts['shards']} shards",
-        f"fingerprint  {facts['fingerprint']['hash'][:12]} (VAE "
-        f"{facts['fingerprint']['vae_hash'][:12]}, text {facts['fingerprint']['text_hash'][:12]})",
-        f"tokens       {_token_line(histograms['tokens'])}",
+        f"model        {model.get('id')}{revision}, family {fingerprint['family']}",
+        f"samples      {counts.get('samples')} of {counts.get('images')} images, "
+        f"{counts.get('captions')} captions, {counts.get('retired')} retired",
+        f"size         {counts.get('bytes', 0) / (1 << 20):.1f} MiB in {facts['shards']} shards",
+        f"fingerprint  {fingerprint['hash'][:12]} (VAE {fingerprint['vae_hash'][:12]}, text "
+        f"{fingerprint['text_hash'][:12]})",
+        f"tokens       {_token_line(histograms.get('tokens', {}))}",
         "made by      " + ", ".join(f"{k} {v}" for k, v in sorted(facts["made_by"].items())),
         "recipe       " + ", ".join(f"{k} {v}" for k, v in sorted(facts["recipe"].items())),
     ]
-    lines += _histogram("buckets", histograms["buckets"])
-    if set(histograms["groups"]) - {""}:
-        lines += _histogram("groups", histograms["groups"])
-    return "\n".join(lines)
+    lines += _histogram("buckets", histograms.get("buckets", {}))
+    groups = histograms.get("groups", {})
+    if set(groups) - {""}:
+        lines += _histogram("groups", groups)
+    return "\n".join(map(printable, lines))
 
 
 def _token_line(tokens: dict[str, int]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen_lora.errors import QwenLoraError, ShardError
-from qwen_lora.hashing import sha256_hex
+from qwen_lora.errors import ShardError
 from qwen_lora.progress import Progress
-from qwen_lora.shards.format import Geometry, Manifest, RecordMeta, ShardEntry, latent_id, text_id
+from qwen_lora.shards.check import check_record, scan_tar
+from qwen_lora.shards.format import NAME_HEX, Manifest, ShardEntry
 from qwen_lora.shards.manifest import (
+    check_length,
+    damaged_generations,
     load_manifest,
     read_listed,
     read_retired,
@@ -21,18 +23,9 @@ from qwen_lora.shards.record import (
     RecordShape,
     check_tensors,
     check_values,
-    decode_meta,
+    unconditional_shape,
 )
-from qwen_lora.shards.sidecar import (
-    BLOCK,
-    MEMBERS,
-    TAR_RECORD,
-    MemberEntry,
-    Sidecar,
-    SidecarRow,
-    canonical_header,
-    padded,
-)
+from qwen_lora.shards.sidecar import Sidecar, SidecarRow
 
 
 @dataclass
@@ -88,77 +81,39 @@ def _verify_shard(
         sidecar = read_sidecar(folder, entry)
         if sidecar.fingerprint.hash != manifest.fingerprint.hash:
             raise ShardError(f"{entry.sidecar.name}: another fingerprint than the manifest's")
-        data = read_listed(folder, entry.tar)
     except (ShardError, OSError) as error:
         report.problems.append(str(error))
-        return None
-    report.shards += 1
-    report.bytes += len(data)
-    try:
-        _check_layout(data, sidecar, entry.tar.name)
-    except ShardError as error:
-        report.problems.append(str(error))
-    for row in sidecar.rows:
-        report.samples += 1
-        try:
-            _check_row(data, row, manifest, entry.tar.name, deep)
-        except ShardError as error:
-            report.problems.append(str(error))
-    return sidecar
-
-
-def _check_layout(data: bytes, sidecar: Sidecar, name: str) -> None:
-    """The tar is exactly what the writer makes: canonical headers, zero padding, one end."""
-    position = 0
-    for row in sidecar.rows:
-        for member in MEMBERS:
-            entry: MemberEntry = getattr(row, member)
-            header = canonical_header(f"{row.sample_id}.{member}", entry.bytes)
-            if data[position : position + BLOCK] != header:
-                raise ShardError(f"{name}: the tar header at byte {position} is not canonical")
-            end = entry.offset + entry.bytes
-            position = entry.offset + padded(entry.bytes)
-            if data[end:position].strip(b"\0"):
-                raise ShardError(f"{name}: bytes behind the member that ends at {end}")
-    total = -(-(position + 2 * BLOCK) // TAR_RECORD) * TAR_RECORD
-    if len(data) != total or data[position:].strip(b"\0"):
-        raise ShardError(f"{name}: the tar does not end after its last member")
-
-
-def _check_row(data: bytes, row: SidecarRow, manifest: Manifest, name: str, deep: bool) -> None:
-    what = f"{name}, sample {row.sample_id}"
-    view = memoryview(data)
-    members = {}
-    for member in MEMBERS:
-        entry: MemberEntry = getattr(row, member)
-        members[member] = view[entry.offset : entry.offset + entry.bytes]
-        if sha256_hex(members[member]) != entry.sha256:
-            raise ShardError(f"{what}: the {member} member is damaged")
-    meta = decode_meta(members["json"], what)
-    _check_meta(meta, row, manifest, what)
+        sidecar = None
+    path = folder / entry.tar.name
     scale = manifest.latent_scale
-    latent_shape = (manifest.latent_channels, row.bucket[0] // scale, row.bucket[1] // scale)
-    expected = RecordShape(
-        LATENT_NAMES[manifest.posterior], latent_shape, row.token_counts, manifest.text_width
-    )
-    entries = check_tensors(members["safetensors"], expected, what)
-    if deep:
-        check_values(members["safetensors"], entries, what)
 
+    def on_record(row: SidecarRow, facts: bytes, tensors: bytes) -> None:
+        latent = (manifest.latent_channels, row.bucket[0] // scale, row.bucket[1] // scale)
+        names = LATENT_NAMES[manifest.posterior]
+        expected = RecordShape(names, latent, row.token_counts, manifest.text_width)
+        what = f"{entry.tar.name}, sample {row.sample_id}"
+        check_record(row, facts, tensors, manifest.fingerprint, expected, what, deep)
+        if row.bucket[0] % scale or row.bucket[1] % scale:
+            raise ShardError(f"{what}: its bucket is not a multiple of {scale} pixels")
 
-def _check_meta(meta: RecordMeta, row: SidecarRow, manifest: Manifest, what: str) -> None:
-    """Sidecar and JSON member tell the same, and the ids follow from it."""
-    if (meta.bucket, meta.source_sha256, meta.group) != (row.bucket, row.source_sha256, row.group):
-        raise ShardError(f"{what}: the JSON member and the sidecar differ")
-    geometry = Geometry(meta.crop_box, meta.bucket, meta.flipped)
-    if row.latent_id != latent_id(meta.source_sha256, geometry, manifest.fingerprint.vae_hash):
-        raise ShardError(f"{what}: the latent id is not that of its source, crop and encoder")
-    if meta.captions is not None:
-        texts = [text_id(text, manifest.fingerprint.text_hash) for text in meta.captions]
-        if list(row.text_ids) != texts:
-            raise ShardError(f"{what}: the text ids are not those of its captions")
-    if len(meta.truncated_tokens) != len(row.token_counts):
-        raise ShardError(f"{what}: truncated_tokens has another length than the captions")
+    try:
+        check_length(path, entry.tar.bytes)
+        rows = sidecar.rows if sidecar is not None else ()
+        sha256, length, problems = scan_tar(path, rows, on_record)
+    except (ShardError, OSError) as error:
+        report.problems.append(str(error))
+        return sidecar
+    report.shards += 1
+    report.bytes += length + entry.sidecar.bytes
+    report.samples += len(rows)
+    if sidecar is not None:  # without one, nothing is known about what the tar should hold
+        report.problems += problems
+    if sha256 != entry.tar.sha256:
+        report.problems.append(
+            f"{path} is damaged: sha256 {sha256[:NAME_HEX]}, the manifest says "
+            f"{entry.tar.sha256[:NAME_HEX]}; copy it again from its source"
+        )
+    return sidecar
 
 
 def _verify_rest(
@@ -167,11 +122,17 @@ def _verify_rest(
     sidecars: list[tuple[ShardEntry, Sidecar]],
     report: VerifyReport,
 ) -> None:
+    for name in damaged_generations(folder):
+        report.problems.append(f"{folder / name} is damaged: its content belongs to another name")
     for entry in (manifest.unconditional, manifest.previews, manifest.rgb, manifest.retired):
         if entry is not None:
             try:
-                report.bytes += len(read_listed(folder, entry))
-            except ShardError as error:
+                data = read_listed(folder, entry)
+                report.bytes += len(data)
+                if entry is manifest.unconditional:
+                    shape = unconditional_shape(data, manifest.text_width, entry.name)
+                    check_values(data, check_tensors(data, shape, entry.name), entry.name)
+            except (ShardError, OSError) as error:
                 report.problems.append(str(error))
     seen: dict[str, str] = {}
     for shard, sidecar in sidecars:
@@ -181,11 +142,14 @@ def _verify_rest(
                 report.problems.append(
                     f"sample {row.sample_id} stands in {other} and in {shard.tar.name}"
                 )
+    try:
+        retired = read_retired(folder, manifest)
+    except (ShardError, OSError) as error:
+        if str(error) not in report.problems:
+            report.problems.append(str(error))
+        return
     if len(sidecars) == len(manifest.shards):
-        try:
-            counts, histograms = summarize_rows(sidecars, read_retired(folder, manifest))
-        except QwenLoraError:
-            return  # the retired list is broken, which was reported above
+        counts, histograms = summarize_rows(sidecars, retired)
         if (counts, histograms) != (manifest.counts, manifest.histograms):
             report.problems.append(
                 "the manifest's counts or histograms are not those of its shards"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from qwen_lora.errors import ShardError
-from qwen_lora.hashing import canonical_json, sha256_file, sha256_hex
+from qwen_lora.hashing import canonical_json, sha256_hex
 from qwen_lora.posix import publish_file, temporary_file, write_atomic
+from qwen_lora.shards.check import check_record, scan_tar
 from qwen_lora.shards.format import FileEntry, Fingerprint, Manifest, RecordMeta, ShardEntry
 from qwen_lora.shards.manifest import (
     MANIFEST,
@@ -26,17 +28,15 @@ from qwen_lora.shards.manifest import (
     summarize_rows,
 )
 from qwen_lora.shards.record import encode_meta, encode_record
+from qwen_lora.shards.safe import DTYPE_BYTES
 from qwen_lora.shards.sidecar import (
-    BLOCK,
-    MEMBERS,
     MemberEntry,
     Sidecar,
     SidecarRow,
-    canonical_header,
     decode_sidecar,
     encode_sidecar,
-    padded,
 )
+from qwen_lora.shards.tar import BLOCK, MEMBERS, canonical_header, padded
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +64,6 @@ def predicted_record_bytes(
 
     tensors: name -> (safetensors dtype, shape), as `RecordShape.tensors` gives them.
     """
-    from qwen_lora.shards.safe import DTYPE_BYTES
-
     header: dict[str, Any] = {}
     position = 0
     # safetensors lays out by descending alignment, then by name.
@@ -103,15 +101,34 @@ def write_shard(
     if not rows:
         path.unlink()
         raise ValueError("a shard needs at least one sample")
-    _check_layout(path, rows)
     sha256 = hashed.digest.hexdigest()
     tar = FileEntry(content_name("shard", sha256, ".tar"), hashed.position, sha256)
-    data = encode_sidecar(Sidecar(fingerprint, made_by, tuple(rows)))
-    decode_sidecar(data, "new sidecar")  # what is published can be read: ids, order, layout
+    sidecar_name = content_name("shard", sha256, ".json")
+    try:
+        _check_layout(path, rows)
+        data = _sidecar_bytes(folder / sidecar_name, Sidecar(fingerprint, made_by, tuple(rows)))
+    except BaseException:
+        path.unlink()
+        raise
     publish_file(path, folder / tar.name)
-    sidecar = FileEntry(content_name("shard", sha256, ".json"), len(data), sha256_hex(data))
-    write_atomic(folder / sidecar.name, data, local)
-    return ShardEntry(tar, sidecar, len(rows))
+    write_atomic(folder / sidecar_name, data, local)
+    return ShardEntry(tar, FileEntry(sidecar_name, len(data), sha256_hex(data)), len(rows))
+
+
+def _sidecar_bytes(path: Path, sidecar: Sidecar) -> bytes:
+    """A new sidecar's bytes; those of the present one if it differs in `made_by` alone, because an
+    older generation may list it by its hash."""
+    data = encode_sidecar(sidecar)
+    decode_sidecar(data, "new sidecar")  # what is published can be read: ids, order, layout
+    if path.is_file():
+        present = path.read_bytes()
+        try:
+            old = decode_sidecar(present, path.name)
+        except ShardError:
+            return data
+        if (old.fingerprint.hash, old.rows) == (sidecar.fingerprint.hash, sidecar.rows):
+            return present
+    return data
 
 
 def _write_tar(
@@ -203,39 +220,38 @@ def adoptable_shards(
 ) -> list[tuple[ShardEntry, Sidecar]]:
     """Whole shards with this fingerprint that are not among `listed` (tar names of a manifest).
 
-    Each is checked whole: the tar against its name, the sidecar's rows against the tar. A tar whose
-    sidecar is missing, or that is damaged, is left alone; the same bytes come again under its name.
+    Each is checked whole: the tar against its name, every fact of the sidecar against the tar. A
+    tar whose sidecar is missing, or that is damaged, is left alone; the same bytes come again under
+    its name.
     """
     found = []
     for path in sorted(folder.glob("shard-*.tar")):
         side = path.with_suffix(".json")
         if path.name in listed or not side.is_file():
             continue
-        sha256 = sha256_file(path)
         data = side.read_bytes()
         try:
             sidecar = decode_sidecar(data, side.name)
-            check_members(path, sidecar)
         except ShardError:
             continue
-        if path.name != content_name("shard", sha256, ".tar") or not sidecar.rows:
+        if not sidecar.rows or sidecar.fingerprint.hash != fingerprint.hash:
             continue
-        if sidecar.fingerprint.hash != fingerprint.hash:
+        sha256, length, problems = scan_tar(
+            path, sidecar.rows, partial(_check_adopted, fingerprint, path.name)
+        )
+        if problems or path.name != content_name("shard", sha256, ".tar"):
             continue
-        tar = FileEntry(path.name, path.stat().st_size, sha256)
+        tar = FileEntry(path.name, length, sha256)
         entry = FileEntry(side.name, len(data), sha256_hex(data))
         found.append((ShardEntry(tar, entry, len(sidecar.rows)), sidecar))
     return found
 
 
-def check_members(path: Path, sidecar: Sidecar) -> None:
-    """Raises ShardError unless every member's bytes in the tar have the sidecar's hash."""
-    with open(path, "rb") as file:
-        for row in sidecar.rows:
-            for entry in (row.json, row.safetensors):
-                file.seek(entry.offset)
-                if sha256_hex(file.read(entry.bytes)) != entry.sha256:
-                    raise ShardError(f"{path.name}: sample {row.sample_id} is damaged")
+def _check_adopted(
+    fingerprint: Fingerprint, name: str, row: SidecarRow, facts: bytes, tensors: bytes
+) -> None:
+    """No manifest vouches for the sidecar: each of its facts must follow from the record itself."""
+    check_record(row, facts, tensors, fingerprint, None, f"{name}, sample {row.sample_id}")
 
 
 # ---- the other files -----------------------------------------------------------------------------
@@ -316,7 +332,7 @@ def build_manifest(
             on_shard()
 
     counts, histograms = summarize_rows(sidecars(), read_retired(folder, draft))
-    return Manifest(**{**draft.__dict__, "counts": counts, "histograms": histograms})
+    return replace(draft, counts=counts, histograms=histograms)
 
 
 def _local(folder: Path) -> Path:
