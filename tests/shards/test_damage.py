@@ -23,7 +23,8 @@ from qwen_lora.shards.verify import verify
 
 from .conftest import FINGERPRINT, make_sample, write_set
 
-MUTATIONS = 150
+MUTATIONS = 600
+KINDS = ["*.tar", "shard-*.json", "manifest.json", "manifest-*.json", "unconditional-*"]
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -43,7 +44,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("kind", ["*.tar", "shard-*.json", "manifest.json", "unconditional-*"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_mutation_is_found_and_no_changed_byte_is_read(tmp_path: Path, kind: str) -> None:
     """verify finds each; a reader raises, or returns exactly what was written."""
     folder = write_set(tmp_path / "set", count=3, per_shard=3)
