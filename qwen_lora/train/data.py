@@ -52,7 +52,8 @@ class LoadedBatch:
         return len(self.sample_ids)
 
     def to(self, device: torch.device | str) -> LoadedBatch:
-        """On another device; without waiting when the batch is pinned."""
+        """On another device; without waiting when the batch is pinned. Masks stay on the host,
+        where asking whether anything is padded does not wait for the device either."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> LoadedBatch:
@@ -65,7 +66,6 @@ class LoadedBatch:
             noise=change(self.noise),
             sigmas=change(self.sigmas),
             prompt_embeds=[change(tensor) for tensor in self.prompt_embeds],
-            prompt_masks=[change(tensor) for tensor in self.prompt_masks],
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class Stepper:
                 # DDP averages over ranks: the factor makes it the sum again.
                 scale = micro.weight * self.ranks.world / step_samples
                 try:
-                    losses = self.model(on_device(micro.batch, device))  # [B] float32
+                    losses = self.model(micro.batch.to(device))  # [B] float32
                     self.ranks.accelerator.backward(self.scaler.scale(losses.sum() * scale))
                 except torch.OutOfMemoryError as error:
                     raise _out_of_memory(step, micro.batch) from error
@@ -192,9 +192,3 @@ def _out_of_memory(step: int, batch: LoadedBatch) -> QwenLoraError:
         f"latents of {height} x {width} and {longest} text tokens; lower train_batch_size, turn "
         "gradient_checkpointing on, or set base_precision: nf4. Checkpoints are intact"
     )
-
-
-def on_device(batch: LoadedBatch, device: torch.device) -> LoadedBatch:
-    """Copies that do not wait. The masks stay on the host, where asking whether anything is padded
-    does not wait for the device either."""
-    return replace(batch.to(device), prompt_masks=batch.prompt_masks)

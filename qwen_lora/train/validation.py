@@ -18,7 +18,7 @@ from qwen_lora.train.data import BatchLoader, LoadedBatch
 from qwen_lora.train.plan import UNCONDITIONAL, MicroBatch, PlanTable, Visit
 from qwen_lora.train.randomness import Purpose, mix_int, noise
 from qwen_lora.train.ranks import Ranks
-from qwen_lora.train.step import SampleLosses, on_device
+from qwen_lora.train.step import SampleLosses
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # medians of five equal parts of the uniform density
 FEW_IMAGES = 20  # fewer make a noisy curve
@@ -102,7 +102,7 @@ class Measure:
                 noise=torch.from_numpy(drawn)[None],  # [1, C, h, w] float32
                 sigmas=torch.tensor([sigma], dtype=torch.float32),
             )
-            losses.append(self._losses(on_device(at_sigma, self._ranks.device)))
+            losses.append(self._losses(at_sigma.to(self._ranks.device)))
         return torch.cat(losses).double().cpu()
 
     def _load(self, row: int) -> LoadedBatch:
