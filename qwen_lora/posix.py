@@ -21,6 +21,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_UMASK = os.umask(0)  # it can only be read by setting it: once, before there are threads
+os.umask(_UMASK)
+
 
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power loss."""
@@ -48,7 +51,7 @@ def temporary_file(folder: Path, prefix: str) -> Iterator[tuple[IO[bytes], Path]
     descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
     path = Path(name)
     try:
-        os.chmod(path, 0o666 & ~_umask())
+        os.chmod(path, 0o666 & ~_UMASK)
         with os.fdopen(descriptor, "wb") as file:
             yield file, path
             file.flush()
@@ -63,12 +66,6 @@ def write_atomic(final: Path, data: bytes, temporary_folder: Path | None = None)
     with temporary_file(temporary_folder or final.parent, f".{final.name}-") as (file, path):
         file.write(data)
     publish_file(path, final)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_lora.config.schema import DataConfig
+from qwen_lora.hashing import canonical_json
 
 CAPTION_TYPES = ("txt", "caption", "json")  # sidecar extensions, without the dot
 SIDECAR_KEYS = ("caption", "prompt", "text")  # of a .json sidecar; the first that is there counts
 ROW_KEYS = ("text", "prompt", "caption")  # of a metadata row; the first that is there counts
-CAPTION_MAX_BYTES = 1 << 20
+CAPTION_MAX_BYTES = 1 << 20  # of a caption file that is read at all
+# What fits a record: its JSON member holds 256 KiB with names, its tensor header 64 KiB.
+STORED_MAX_BYTES = 192 << 10
+CAPTIONS_MAX = 256
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -102,6 +106,14 @@ def finish_captions(texts: Sequence[str], data: DataConfig) -> tuple[str, ...]:
     if not captions:
         raise CaptionError(
             "caption_empty", "data_config.empty_caption: unconditional trains it without a prompt"
+        )
+    if len(captions) > CAPTIONS_MAX:
+        raise CaptionError(
+            "too_many_captions", f"{len(captions)}; a record holds {CAPTIONS_MAX}, list fewer"
+        )
+    if (stored := len(canonical_json(captions))) > STORED_MAX_BYTES:
+        raise CaptionError(
+            "caption_too_long", f"{stored} bytes as stored; a record holds {STORED_MAX_BYTES}"
         )
     return tuple(captions)
 

@@ -6,7 +6,13 @@ import pytest
 
 from qwen_lora.config.kohya import parse_kohya
 from qwen_lora.config.schema import DataConfig
-from qwen_lora.precompute.captions import CAPTION_MAX_BYTES, CaptionError, read_sidecar
+from qwen_lora.precompute.captions import (
+    CAPTION_MAX_BYTES,
+    CAPTIONS_MAX,
+    STORED_MAX_BYTES,
+    CaptionError,
+    read_sidecar,
+)
 
 
 def captions(content: bytes | str, kind: str = "txt", **settings: object) -> tuple[str, ...]:
@@ -60,7 +66,10 @@ def test_bad_encoding(content: bytes, kind: str) -> None:
 
 
 def test_long_captions_are_refused() -> None:
-    assert captions("x" * CAPTION_MAX_BYTES) == ("x" * CAPTION_MAX_BYTES,)
+    long = "x" * (STORED_MAX_BYTES - 10)
+    assert captions(long) == (long,)
+    assert reason("x" * STORED_MAX_BYTES) == "caption_too_long"
+    assert reason("\U0001f600" * (STORED_MAX_BYTES // 12)) == "caption_too_long"  # escaped in JSON
     assert reason("x" * (CAPTION_MAX_BYTES + 1)) == "caption_too_long"
 
 
@@ -130,3 +139,32 @@ def test_a_pointer_of_git_lfs_is_no_caption() -> None:
 )
 def test_kohya_folder_names(group: str, expected: tuple[float, str] | None) -> None:
     assert parse_kohya(group) == expected
+
+
+def test_more_captions_than_a_record_holds_are_refused() -> None:
+    lines = [f"caption {number}" for number in range(CAPTIONS_MAX)]
+    assert len(captions("\n".join(lines), caption_lines="variants")) == CAPTIONS_MAX
+    assert reason("\n".join([*lines, "more"]), caption_lines="variants") == "too_many_captions"
+
+
+def test_the_largest_captions_fit_a_record() -> None:
+    """What passes here is accepted by the reader: JSON member and tensor header included."""
+    import torch
+
+    from qwen_lora.shards.format import RecordMeta
+    from qwen_lora.shards.record import RecordShape, decode_meta, decode_tensors, encode_record
+
+    text = "y" * (STORED_MAX_BYTES // CAPTIONS_MAX - 4)
+    many = captions("\n".join([text] * CAPTIONS_MAX), caption_lines="variants")
+    size = (10**6, 10**6)
+    meta = RecordMeta(
+        list(many), "n" * 4096, "0" * 64, size, (0, 0, *size), False, (64, 64), [9] * 256, "g"
+    )
+    tensors = {"latents": torch.zeros(16, 8, 8, dtype=torch.float16)}
+    for index in range(CAPTIONS_MAX):
+        tensors[f"prompt_embeds.{index}"] = torch.zeros(1024, 8, dtype=torch.bfloat16)
+        tensors[f"prompt_mask.{index}"] = torch.ones(1024, dtype=torch.bool)
+    json_member, tensor_member = encode_record(meta, tensors)
+    assert decode_meta(json_member) == meta
+    shape = RecordShape(("latents",), (16, 8, 8), (1024,) * CAPTIONS_MAX, 8)
+    assert len(decode_tensors(tensor_member, shape)) == 1 + 2 * CAPTIONS_MAX
