@@ -77,6 +77,18 @@ def wrap_for_ranks(losses: SampleLosses, ranks: Ranks) -> torch.nn.Module:
     return DistributedDataParallel(losses, init_sync=False, gradient_as_bucket_view=True)
 
 
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Reseed the generator that dropout draws from on `device`.
+
+    Not torch.manual_seed: it reseeds every device there is, and where CUDA is not in use it
+    formats a stack trace each time (1.7 ms a step were measured).
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 class Stepper:
     """Runs optimizer steps. `parameters` are the LoRA's, the only ones clipped and updated."""
 
@@ -121,7 +133,7 @@ class Stepper:
         loss_sum = torch.zeros((), device=device)
         for position, micro in enumerate(work):
             with self._gradients_stay_local(position < len(work) - 1):
-                torch.manual_seed(dropout_seed(self._seed, step, micro.index))
+                seed_dropout(dropout_seed(self._seed, step, micro.index), device)
                 # DDP averages over ranks: the factor makes it the sum again.
                 scale = micro.weight * self.ranks.world / step_samples
                 try:
