@@ -1,0 +1,34 @@
+"""The benchmark scripts run; what they measure is theirs to say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALLEST = {
+    "data_path.py": ["--samples", "4", "--repeats", "1"],
+    "trainer_overhead.py": ["--px", "128", "--steps", "4", "--repeats", "1"],
+    "vae_encode.py": ["--px", "32", "--repeats", "1", "--base-dim", "16"],
+}
+
+
+def test_each_script_has_a_smallest_run() -> None:
+    helpers = {"common.py", "synthetic.py"}
+    assert {path.name for path in BENCHMARKS.glob("*.py")} - helpers == set(SMALLEST)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_it_prints_its_table(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *SMALLEST[name]],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "machine:" in done.stdout and "-----" in done.stdout
+    assert "this project" in done.stdout or "ShardSet.read" in done.stdout
