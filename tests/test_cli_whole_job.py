@@ -178,3 +178,16 @@ def test_train_refuses_another_resolution_than_the_shards(work: tuple[Path, Path
                     "--set", "data_config.img_size=128")  # fmt: skip
     assert result.exit_code == 2
     assert "data_config.img_size is [128]" in result.stderr.splitlines()[-1]
+
+
+def test_imports_add_no_noise(work: tuple[Path, Path]) -> None:
+    """What the libraries log while they are imported does not reach the person."""
+    config, _ = work
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen_lora", "train", "--config", str(config), "--restart"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "starting: 12 samples" in done.stderr
+    assert "kernels" not in done.stderr and "Warning" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -42,6 +43,12 @@ def _said_by_another(error: QwenLoraError) -> bool:
     return isinstance(error, SettingsError | Stopped)
 
 
+def _not_about_inference(record: logging.LogRecord) -> bool:
+    """bitsandbytes recommends a package for 4-bit inference on CPUs whenever it is imported, which
+    PEFT does in every process; nothing here would use it."""
+    return "gemm_4bit_forward" not in record.msg
+
+
 app = typer.Typer(
     cls=ExitCodes,
     no_args_is_help=True,
@@ -72,6 +79,7 @@ def _options(
     qwen-lora train
     qwen-lora sample --lora output/lora.safetensors --prompt "a red boat" --output boat.png
     """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_about_inference)
 
 
 app.command()(stages.precompute)
