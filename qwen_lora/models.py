@@ -73,6 +73,13 @@ def resolve_model(model: str, components: Sequence[str]) -> ModelFolder:
         path = _download(model_id, match["revision"], components)
         revision = path.name
     found = ModelFolder(path, model_id, revision, _family_of(path, model))
+    absent = [name for name in components if not (path / name).is_dir()]
+    if absent and revision is not None and (path / "model_index.json").is_file():
+        raise InputError(
+            f"model {model}: the Hugging Face cache has no {', '.join(absent)} of it; either the "
+            "hub could not be reached (HF_HUB_OFFLINE, or no network: run once with it), or the "
+            "repository has not the diffusers layout"
+        )
     for name in components:
         found.config(name)
         if name not in WEIGHTLESS:
@@ -188,12 +195,15 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
         if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
             hashes[path.name] = target.name
             continue
-        state = target.stat()
-        stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
-        entry = remembered.get(str(target))
-        if entry is None or entry[:3] != stamp:
-            entry = remembered[str(target)] = [*stamp, sha256_file(target)]
-            changed = True
+        try:
+            state = target.stat()
+            stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
+            entry = remembered.get(str(target))
+            if entry is None or entry[:3] != stamp:
+                entry = remembered[str(target)] = [*stamp, sha256_file(target)]
+                changed = True
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
         hashes[path.name] = str(entry[3])
     if cache_file is not None and changed:
         cache_file.parent.mkdir(parents=True, exist_ok=True)

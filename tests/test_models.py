@@ -135,7 +135,9 @@ def test_a_cached_hub_id(suffix: str, hub_cache: Path) -> None:
 
 
 def test_a_hub_id_with_a_part_missing_offline(hub_cache: Path) -> None:
-    with pytest.raises(InputError, match="no folder 'vae'"):
+    with pytest.raises(
+        InputError, match="cache has no vae, text_encoder, tokenizer of it; .*HF_HUB_OFFLINE"
+    ):
         resolve_model("some-one/tiny", STAGE_1)
 
 
@@ -161,6 +163,15 @@ def test_hub_blobs_are_not_read(hub_cache: Path, monkeypatch) -> None:
     expected = {weights.name: sha256_file(weights)}
     monkeypatch.setattr(models, "sha256_file", None)  # a call would raise
     assert weight_hashes(hub_cache / "transformer") == expected
+
+
+def test_weights_that_cannot_be_read(tiny_model: Path, monkeypatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(models, "sha256_file", denied)
+    with pytest.raises(InputError, match="safetensors cannot be read: Permission denied"):
+        weight_hashes(tiny_model / "vae")
 
 
 def test_hashes_are_remembered_until_the_file_changes(tiny_model: Path, tmp_path, monkeypatch):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.posix import exclusive_lock, write_atomic
@@ -23,6 +24,7 @@ from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_fold
 from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
 from qwen_lora.precompute.world import World
+from qwen_lora.precompute.write import output_errors
 from qwen_lora.progress import Progress
 from qwen_lora.shards.writer import sweep_temporaries
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from qwen_lora.precompute.encode import Encoded, Station
 
 __all__ = ["PrecomputeSummary", "precompute"]
+
+PUT_RIGHT = "name a folder that you may write to, with room on its disk, as --output"
+CONTINUE = "finished shards are kept, the same command continues once it is put right"
 
 
 def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
@@ -44,16 +49,21 @@ def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
     if dry_run:
         from qwen_lora.precompute.dry_run import preview
 
-        return preview(settings)
+        with output_errors(settings.shards_dir, InputError, PUT_RIGHT):
+            return preview(settings)
     world = World.from_environment()
     with stop_on_signals(), world.guard():
         model = _resolve(settings, world)
-        with _locked(settings, world) as local:
+        with (
+            output_errors(settings.shards_dir, QwenLoraError, CONTINUE),
+            _locked(settings, world) as local,
+        ):
             if world.first:
                 from qwen_lora.precompute.lead import Lead
 
-                lead = Lead(settings, model, local)
-                order = lead.plan()
+                with output_errors(settings.shards_dir, InputError, PUT_RIGHT):
+                    lead = Lead(settings, model, local)
+                    order = lead.plan()
                 world.share(order.to_json() if world.size > 1 else None)
             else:
                 order = Order.from_json(world.share())
@@ -90,10 +100,12 @@ def _locked(settings: Settings, world: World) -> Iterator[Path]:
     if not world.first:
         yield local
         return
-    local.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(local / "lock", f"the shard set {folder}"):
-        sweep_temporaries(folder)
-        write_atomic(local / "settings.json", canonical_json(settings.model_dump(mode="json")))
+    with ExitStack() as held:
+        with output_errors(folder, InputError, PUT_RIGHT):
+            local.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive_lock(local / "lock", f"the shard set {folder}"))
+            sweep_temporaries(folder)
+            write_atomic(local / "settings.json", canonical_json(settings.model_dump(mode="json")))
         yield local
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,8 @@ from qwen_lora.shards.format import Fingerprint, ShardEntry
 
 if TYPE_CHECKING:
     from qwen_lora.shards.writer import EncodedSample
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class BackgroundWriter:
@@ -64,6 +69,20 @@ class BackgroundWriter:
         self._pool.shutdown(wait=True)
 
 
+@contextmanager
+def output_errors(folder: Path, kind: type[QwenLoraError], advice: str) -> Iterator[None]:
+    """An OSError about `folder`, or about the room on its disk, becomes a `kind` in one line."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else ""
+        about_folder = bool(named) and Path(named).absolute().is_relative_to(folder.absolute())
+        if not about_folder and error.errno not in DISK_TROUBLE:
+            raise
+        reason = error.strerror or type(error).__name__
+        raise kind(f"the output {folder} cannot be used: {reason}; {advice}") from error
+
+
 def check_space(folder: Path, needed_bytes: int, free_bytes: int) -> None:
     """Raises InputError when the shards will not fit."""
     if needed_bytes > free_bytes:
@@ -74,12 +93,14 @@ def check_space(folder: Path, needed_bytes: int, free_bytes: int) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free where `folder` is or will be."""
+    """Bytes free where `folder` is or will be. Raises InputError when a file is in its place."""
     import shutil
 
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"the output {folder} cannot be used: {existing} is a file; name a folder")
     return shutil.disk_usage(existing).free
 
 

@@ -242,6 +242,25 @@ def test_another_tokenizer_is_refused(model: ModelFolder, tmp_path: Path) -> Non
         other.family.load_tokenizer(other)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer/tokenizer.json", "{"),
+        ("tokenizer/tokenizer.json", '{"version": "1.0"}'),
+        ("text_encoder/config.json", '{"text_config": {"num_hidden_layers": "two"}}'),
+    ],
+)
+def test_damaged_files_are_named_in_one_line(
+    file: str, content: str, model: ModelFolder, tmp_path: Path
+) -> None:
+    other = _copy(model, tmp_path / "other")
+    (other.path / file).write_text(content)
+    with pytest.raises(InputError, match=r"cannot be loaded, its files are damaged") as caught:
+        other.family.load_prompt_encoder(other, device=CPU, dtype=torch.float32)
+    assert str(other.component(file.split("/")[0])) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_facts_are_json_and_follow_what_shapes_embeddings(
     model: ModelFolder, tmp_path: Path
 ) -> None:

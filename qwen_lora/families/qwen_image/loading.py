@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen_lora.errors import InputError
+from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.models import weight_files
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -28,6 +29,20 @@ def empty_module(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
     with init_empty_weights(include_buffers=False):
         return make()
+
+
+@contextmanager
+def damage_explained(folder: Path) -> Iterator[None]:
+    """Whatever a library raises over a component's small files becomes an InputError."""
+    try:
+        yield
+    except QwenLoraError:
+        raise
+    except Exception as error:  # OSError, ValueError, TypeError, KeyError, tokenizers' Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{folder} cannot be loaded, its files are damaged or of another model ({reason[:300]})"
+        ) from error
 
 
 def load_weights(
@@ -75,6 +90,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
                     yield key, partial(file.get_tensor, key)
         except SafetensorError as error:
             raise InputError(f"{path} is damaged ({error}); download the model again") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

@@ -24,6 +24,7 @@ from qwen_lora.families.qwen_image.constants import (
 )
 from qwen_lora.families.qwen_image.loading import (
     QUANTIZATIONS,
+    damage_explained,
     empty_module,
     load_weights,
     quantize_linears,
@@ -44,7 +45,8 @@ class QwenPromptTokenizer:
         from transformers import Qwen2Tokenizer
 
         folder = model.component("tokenizer")
-        backend = Qwen2Tokenizer.from_pretrained(str(folder)).backend_tokenizer
+        with damage_explained(folder):
+            backend = Qwen2Tokenizer.from_pretrained(str(folder)).backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
         # The same tokenizer without its added tokens: whatever a caption says is plain text to it.
@@ -149,8 +151,9 @@ def _load_text_model(
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
     folder = model.component("text_encoder")
-    config = Qwen2_5_VLConfig.from_pretrained(str(folder)).text_config
-    module = empty_module(lambda: Qwen2_5_VLTextModel._from_config(config))
+    with damage_explained(folder):
+        config = Qwen2_5_VLConfig.from_pretrained(str(folder)).text_config
+        module = empty_module(lambda: Qwen2_5_VLTextModel._from_config(config))
     if quantization != "none":
         quantize_linears(module.get_submodule("layers"), quantization, dtype)
     load_weights(module, folder, device=device, dtype=dtype, rename=_text_model_name)

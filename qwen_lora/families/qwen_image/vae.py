@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_lora.families.base import EncodedLatents
-from qwen_lora.families.qwen_image.loading import empty_module, load_weights
+from qwen_lora.families.qwen_image.loading import damage_explained, empty_module, load_weights
 from qwen_lora.models import ModelFolder
 
 
@@ -152,7 +152,8 @@ class QwenLatentEncoder:
 
     def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         config = model.config("vae")
-        self._module = empty_module(lambda: SingleFrameEncoder(config))
+        with damage_explained(model.component("vae")):
+            self._module = empty_module(lambda: SingleFrameEncoder(config))
         load_weights(
             self._module,
             model.component("vae"),
