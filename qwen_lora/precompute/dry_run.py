@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qwen_lora.config.schema import Settings
@@ -9,7 +10,12 @@ from qwen_lora.errors import InputError
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.precompute import plan as planning
 from qwen_lora.precompute.existing import ExistingSet
-from qwen_lora.precompute.fingerprint import check_recipe, make_recipe
+from qwen_lora.precompute.fingerprint import (
+    check_fingerprint,
+    check_recipe,
+    chosen_facts,
+    make_recipe,
+)
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.report import (
     Outcome,
@@ -38,7 +44,12 @@ def preview(settings: Settings) -> PrecomputeSummary:
         # Sample ids only serve to tell records apart here, so no weight has to be hashed.
         fingerprint = Fingerprint(model.family.name, {}, {})
     else:
-        fingerprint = existing.manifest.fingerprint
+        # The model is taken to be the set's own: hashing its weights may take minutes.
+        old, chosen = existing.manifest.fingerprint, chosen_facts(settings)
+        fingerprint = replace(
+            old, vae={**old.vae, **chosen["vae"]}, text={**old.text, **chosen["text"]}
+        )
+        check_fingerprint(existing.manifest, fingerprint, folder)
         check_recipe(existing.manifest, recipe, folder)
     remembered = RememberedSources(
         folder / ".local" / "sources.json", planning.remembered_rules(settings)
@@ -67,7 +78,7 @@ def preview(settings: Settings) -> PrecomputeSummary:
     summary = summarize(
         outcome,
         max_skip=settings.max_skip,
-        samples=len(existing.sources) + len(missing),
+        samples=len(existing.sources) + len(missing) - len(existing.retired_after(wanted, ())),
         samples_written=len(missing),
         manifest=existing.manifest_name,
         report=Path("the report of the real run"),

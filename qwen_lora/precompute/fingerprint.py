@@ -26,27 +26,31 @@ RECIPE_KEYS = (
     "flip",
     "random_ratio",
 )
+PRIVACY_KEYS = ("captions_in_shards", "source_names")  # settings that leave facts out
 
 
 def make_fingerprint(model: ModelFolder, settings: Settings, cache_file: Path) -> Fingerprint:
     """Hash the encoders' weights (remembered in `cache_file`) and gather the facts around them."""
-    facts = model.family.encoder_facts(model)
+    facts, chosen = model.family.encoder_facts(model), chosen_facts(settings)
+    vae = {**facts["vae"], "weights": _weights(model, "vae", cache_file), **chosen["vae"]}
+    text = {**facts["text"], "weights": _weights(model, "text_encoder", cache_file)}
+    return Fingerprint(model.family.name, vae, {**text, **chosen["text"]})
+
+
+def chosen_facts(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The part of a fingerprint that the settings alone decide, for `vae` and `text`."""
     vae = {
-        **facts["vae"],
-        "weights": _weights(model, "vae", cache_file),
         "compute_dtype": settings.vae_dtype,
         "stored_dtype": LATENT_DTYPE,
         "posterior": settings.vae_posterior,
         **pixel_facts(settings.data_config),
     }
     text = {
-        **facts["text"],
-        "weights": _weights(model, "text_encoder", cache_file),
         "compute_dtype": settings.text_encoder_dtype,
         "quantization": settings.text_encoder_quantization,
         "stored_dtype": EMBEDS_DTYPE,
     }
-    return Fingerprint(model.family.name, vae, text)
+    return {"vae": vae, "text": text}
 
 
 def _weights(model: ModelFolder, component: str, cache_file: Path) -> list[str]:
@@ -85,6 +89,9 @@ def make_recipe(settings: Settings) -> dict[str, Any]:
     recipe.update({key: getattr(data, key) for key in RECIPE_KEYS})
     if data.random_ratio:
         recipe["seed"] = settings.seed
+    # Named only when something is left out: a set that was to hold no captions must not get some
+    # later, and one that holds them does not lose them by a rerun.
+    recipe.update({key: False for key in PRIVACY_KEYS if not getattr(settings, key)})
     return recipe
 
 
@@ -108,9 +115,12 @@ def check_recipe(manifest: Manifest, recipe: Mapping[str, Any], folder: Path) ->
             f"{recipe['img_size']}; resolutions can be added, not taken away: "
             "name all of them, or another --output"
         )
+    for key in PRIVACY_KEYS:
+        old.setdefault(key, True)
+        new.setdefault(key, True)
     if old != new:
         raise InputError(
-            f"{folder} was cut by other rules: {_differences(_flat(old), _flat(new))}; "
+            f"{folder} was made by other rules: {_differences(_flat(old), _flat(new))}; "
             "name another --output or go back to the old values"
         )
 

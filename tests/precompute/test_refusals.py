@@ -1,11 +1,12 @@
 """What a run refuses or foretells before an encoder is loaded."""
 
+import errno
 import json
 import shutil
 
 import pytest
 
-from qwen_lora.errors import InputError
+from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.models import resolve_model
 from qwen_lora.posix import exclusive_lock
 from qwen_lora.precompute import plan
@@ -68,6 +69,81 @@ def test_a_missing_dataset_leaves_nothing_behind(make_settings, tmp_path):
 def test_output_inside_the_dataset_is_refused(make_settings, dataset):
     with pytest.raises(InputError, match="lies inside the dataset"):
         precompute(make_settings({"img_dir": dataset}, shards_dir=dataset / "shards"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/shards"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_output_that_cannot_be_is_one_line(make_settings, tmp_path, no_encoders, place, dry_run):
+    (tmp_path / "file").write_text("in the way")
+    no_encoders()
+    with pytest.raises(InputError, match=r"the output .*file.* cannot be used"):
+        precompute(make_settings(shards_dir=tmp_path / place), dry_run=dry_run)
+
+
+def test_a_full_disk_is_one_line(make_settings, monkeypatch, no_encoders):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    settings = make_settings()
+    no_encoders()
+    with monkeypatch.context() as patched:
+        patched.setattr("qwen_lora.precompute.run.write_atomic", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            precompute(settings)
+    monkeypatch.setattr("qwen_lora.precompute.remembered.write_atomic", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        precompute(settings)
+
+
+def test_a_disk_that_fills_at_the_end_keeps_what_is_done(make_settings, monkeypatch, published):
+    settings = make_settings()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwen_lora.precompute.lead.publish_manifest", full)
+        with pytest.raises(QwenLoraError, match="the same command continues") as caught:
+            precompute(settings)
+    assert caught.value.exit_code == 1
+    assert precompute(settings).samples == 12
+
+
+def test_what_a_set_leaves_out_stays_so(make_settings, dataset):
+    """A rerun cannot take captions or names out of the shards that are there."""
+    data = {"img_dir": dataset}
+    precompute(make_settings(data))
+    with pytest.raises(InputError, match="captions_in_shards True -> False"):
+        precompute(make_settings(data, captions_in_shards=False))
+    with pytest.raises(InputError, match="source_names True -> False"):
+        precompute(make_settings(data, source_names=False), dry_run=True)
+    bare = make_settings(data).shards_dir.with_name("bare")
+    precompute(make_settings(data, captions_in_shards=False, shards_dir=bare))
+    with pytest.raises(InputError, match="captions_in_shards False -> True"):
+        precompute(make_settings(data, shards_dir=bare))
+    again = precompute(make_settings(data, captions_in_shards=False, shards_dir=bare))
+    assert (again.unchanged, again.exit_code) == (4, 0)
+
+
+def test_a_dry_run_refuses_what_the_run_would(make_settings, dataset):
+    data = {"img_dir": dataset}
+    precompute(make_settings(data))
+    with pytest.raises(InputError, match="vae.posterior mode -> mean_std"):
+        precompute(make_settings(data, vae_posterior="mean_std"), dry_run=True)
+    with pytest.raises(InputError, match="vae.alpha_background"):
+        changed = make_settings({**data, "alpha_background": "#000000"})
+        precompute(changed, dry_run=True)
+
+
+def test_a_dry_run_counts_live_samples(make_settings, dataset):
+    settings = make_settings({"img_dir": dataset})
+    precompute(settings)
+    (dataset / "00.txt").write_text("another caption")
+    foretold = precompute(settings, dry_run=True)
+    done = precompute(settings)
+    assert (foretold.samples, foretold.samples_written) == (done.samples, done.samples_written)
+    assert (done.samples, done.samples_written) == (4, 1)
+    assert precompute(settings, dry_run=True).samples == 4
 
 
 def test_dry_run_tells_and_writes_nothing(make_settings, dataset, no_encoders, capsys):
