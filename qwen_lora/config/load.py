@@ -97,6 +97,10 @@ def _yaml_layer(config: Path | None, problems: list[str]) -> _Layer:
         return layer
     tree = read_yaml(config)
     problems += [f"{config}: {problem}" for problem in tree.problems]
+    section = tree.values.get(SECTION)
+    for name in section if isinstance(section, dict) else ():
+        if f"{SECTION}.{name}" in tree.values:
+            problems.append(f"{config}: {SECTION}.{name}: given twice, with a dot and in {SECTION}")
     for key, value in _flat(tree.values).items():
         layer.add(key, value, f"{config}, line {tree.lines.get(key, 1)}: ")
     if SECTION in layer.values:  # not a mapping: _flat left it whole
@@ -119,10 +123,13 @@ def _set_layer(set_options: Iterable[str], problems: list[str]) -> _Layer:
         except InputError as error:
             problems.append(str(error))
             continue
-        if key in layer.values and layer.values[key] != value:
-            problems.append(f"--set {key}: given twice, as {layer.values[key]} and {value}")
+        if key == SECTION and not isinstance(value, Mapping):
+            problems.append(f"--set {text}: {SECTION} holds keys; name one of them: {SECTION}.KEY=")
+            continue
         flat = _flat({key: value}) if key == SECTION else {key: value}
         for name, part in flat.items():
+            if layer.values.get(name, part) != part:
+                problems.append(f"--set {name}: given twice, as {layer.values[name]} and {part}")
             layer.add(name, part, "--set ")
     return layer
 
@@ -270,6 +277,7 @@ _REASONS = {
     "dict_type": "must hold `key: value` lines",
     "model_type": "must be a path, or path and weight",
     "string_type": "must be text",
+    "path_type": "must be a path",
     "missing": "is missing",
     "extra_forbidden": "is not known",
     "string_pattern_mismatch": "must look like #ffffff",

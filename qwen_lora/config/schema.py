@@ -33,7 +33,9 @@ class CommonSettings(Section):
     shards_dir: LocalPath = setting(
         Path("shards"), "Where the shard set is.", command="both", changes="nothing"
     )
-    seed: int = setting(0, "Seed of every random choice.", command="both", changes="result", ge=0)
+    seed: int = setting(
+        0, "Seed of every random choice.", command="both", changes="result", ge=0, lt=2**63
+    )
 
 
 class Settings(TrainSettings, PrecomputeSettings, CommonSettings):

@@ -203,6 +203,12 @@ def test_set_reads_any_key(tmp_path: Path) -> None:
     assert settings.tracker_project_name == "a: b"
 
 
+def test_a_section_in_set_needs_keys_and_each_key_one_value(tmp_path: Path) -> None:
+    assert "data_config.KEY" in problem(tmp_path, set_options=["data_config=5"])
+    twice = ["data_config.flip=none", "data_config={flip: both}"]
+    assert "data_config.flip: given twice" in problem(tmp_path, set_options=twice)
+
+
 def test_explicit_keys_are_what_was_given(tmp_path: Path) -> None:
     settings = load(tmp_path, "rank: 16\ndata_config: {img_size: 1024, flip: null}", ["seed=1"])
     assert explicit_keys(settings) == {"rank", "seed", "data_config.img_size"}
@@ -244,6 +250,12 @@ timestep_shift: fast
     [
         ("rank: 4\nrank: 8", "rank: given twice, on lines 1 and 2"),
         ("data_config: {flip: none, flip: both}", "data_config.flip: given twice"),
+        (
+            "data_config.flip: none\ndata_config: {flip: both}",
+            "data_config.flip: given twice, with a dot and in data_config",
+        ),
+        ("data_config: {img_dir: [a, b]}", "data_config.img_dir: must be a path, not [a, b]"),
+        ("seed: 9223372036854775808", "seed: must be less than"),
         ("rank: [1", "is not YAML"),
         ("- rank", "not a list of `key: value` lines"),
         ("rank: 1\n---\nrank: 2", "is not YAML"),
