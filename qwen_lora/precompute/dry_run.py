@@ -58,6 +58,7 @@ def preview(settings: Settings) -> PrecomputeSummary:
         planning.scan(settings), settings, model.family.image_multiple, remembered
     )
     wanted = planning.name_samples(images, fingerprint)
+    planning.tell_moved(existing.moved(wanted))
     missing = planning.missing_samples(wanted, existing.sources)
     shards = planning.plan_shards(missing, model, settings)
     outcome = sort_files(

@@ -250,8 +250,11 @@ def _build_samples(
             continue
         tensors = dict(latents[item.sample_id])
         for number, name in enumerate(item.text_ids):
-            tensors[f"prompt_embeds.{number}"] = texts[name].prompt_embeds  # [T, D] bf16
-            tensors[f"prompt_mask.{number}"] = texts[name].prompt_mask  # [T] bool
+            text = texts[name]
+            if name in item.text_ids[:number]:  # a caption given twice: safetensors shares nothing
+                text = StoredText(text.prompt_embeds.clone(), text.prompt_mask.clone())
+            tensors[f"prompt_embeds.{number}"] = text.prompt_embeds  # [T, D] bf16
+            tensors[f"prompt_mask.{number}"] = text.prompt_mask  # [T] bool
         samples.append(
             EncodedSample(
                 sample_id=item.sample_id,

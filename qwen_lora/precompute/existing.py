@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class ExistingSet:
     manifest_name: str | None = None
     sources: dict[str, str] = field(default_factory=dict)  # sample id -> source sha256
     retired: frozenset[str] = frozenset()
+    groups: dict[str, str] = field(default_factory=dict)  # sample id -> group
 
     @classmethod
     def load(cls, folder: Path) -> ExistingSet:
@@ -29,12 +31,12 @@ class ExistingSet:
         if not (folder / MANIFEST).exists():
             return cls(folder)
         manifest, name = load_manifest(folder)
-        sources = {
-            row.sample_id: row.source_sha256
-            for entry in manifest.shards
-            for row in read_sidecar(folder, entry).rows
-        }
-        return cls(folder, manifest, name, sources, read_retired(folder, manifest))
+        sources, groups = {}, {}
+        for entry in manifest.shards:
+            for row in read_sidecar(folder, entry).rows:
+                sources[row.sample_id] = row.source_sha256
+                groups[row.sample_id] = row.group
+        return cls(folder, manifest, name, sources, read_retired(folder, manifest), groups)
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
@@ -47,6 +49,18 @@ class ExistingSet:
             (entry, [row.sample_id for row in sidecar.rows])
             for entry, sidecar in adoptable_shards(self.folder, fingerprint, listed)
         ]
+
+    def moved(self, wanted: Wanted) -> Counter[tuple[str, str]]:
+        """Stored samples whose image is now in another first folder, counted by (old, new).
+
+        A record keeps the group that it was written with: a name is no part of its id.
+        """
+        return Counter(
+            (self.groups[sample_id], sample.inspection.candidate.group)
+            for sample_id, sample in wanted.samples.items()
+            if self.groups.get(sample_id, sample.inspection.candidate.group)
+            != sample.inspection.candidate.group
+        )
 
     def retired_after(self, wanted: Wanted, failed: Collection[str]) -> frozenset[str]:
         """Retired ids of the next generation.

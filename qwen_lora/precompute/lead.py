@@ -72,6 +72,7 @@ class Lead:
         self.images = planning.accept_images(found, self.settings, multiple, sources)
         sources.save()
         self.wanted = planning.name_samples(self.images, self.fingerprint)
+        planning.tell_moved(self.existing.moved(self.wanted))
         missing = planning.missing_samples(self.wanted, self.existing.sources)
         planned = planning.plan_shards(missing, self.model, self.settings)
         self.adoption = adopt(planned, self.existing.unlisted(self.fingerprint) if planned else [])

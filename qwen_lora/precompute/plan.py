@@ -131,6 +131,19 @@ def name_samples(images: Images, fingerprint: Fingerprint) -> Wanted:
     return list_wanted(images.files, fingerprint)
 
 
+def tell_moved(moved: Mapping[tuple[str, str], int]) -> None:
+    """Say which images lie in another folder than the one that their records name."""
+    if moved:
+        (old, new), _ = max(moved.items(), key=lambda each: (each[1], each[0]))
+        print(
+            f"hint: {sum(moved.values())} samples lie in another folder now "
+            f"({old or 'the top'} -> {new or 'the top'}); the set keeps their groups, so a weight "
+            "in the new folder's name does not reach them: use data_config.group_weights for the "
+            "old name, or another --output",
+            file=sys.stderr,
+        )
+
+
 def plan_shards(
     samples: Sequence[WantedSample], model: ModelFolder, settings: Settings
 ) -> list[ShardPlan]:

@@ -308,3 +308,31 @@ def test_a_tar_gives_the_samples_of_its_folder(make_settings, dataset, tmp_path)
         with ShardSet.open(settings.shards_dir) as shards:
             ids.append(sorted(shards.table.sample_id))
     assert ids[0] == ids[1]
+
+
+def test_a_caption_given_twice_stands_twice(make_settings, dataset):
+    (dataset / "00.txt").write_text("the same\nanother\nthe same\n")
+    settings = make_settings({"img_dir": dataset, "caption_lines": "variants"})
+    assert precompute(settings).written == 4
+    record = read_all(settings.shards_dir)["00.png"]
+    assert record.meta.captions == ["the same", "another", "the same"]
+    first, third = record.tensors["prompt_embeds.0"], record.tensors["prompt_embeds.2"]
+    assert torch.equal(first, third) and len(first) == len(record.tensors["prompt_mask.2"])
+
+
+def test_an_image_in_another_folder_keeps_its_group_and_that_is_said(
+    make_settings, dataset, capsys, no_encoders
+):
+    (dataset / "10_cat").mkdir()
+    for name in ("00.png", "00.txt"):
+        (dataset / name).rename(dataset / "10_cat" / name)
+    settings = make_settings({"img_dir": dataset})
+    precompute(settings)
+    assert "another folder" not in capsys.readouterr().err
+    (dataset / "10_cat").rename(dataset / "20_cat")
+    no_encoders()
+    for dry_run in (True, False):
+        assert precompute(settings, dry_run=dry_run).unchanged == 4
+        told = capsys.readouterr().err
+        assert "1 samples lie in another folder now (10_cat -> 20_cat)" in told
+    assert read_all(settings.shards_dir)["10_cat/00.png"].meta.group == "10_cat"
