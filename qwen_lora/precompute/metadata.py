@@ -25,6 +25,7 @@ class Row:
     where: str  # "metadata.jsonl row 3"
     texts: list[str] | None  # None: the row has no caption
     problem: CaptionError | None = None
+    missing: bool = False  # it names a file that is not there
 
 
 def read_metadata(
@@ -33,8 +34,8 @@ def read_metadata(
     """The rows of the metadata files `names`, by relative image name.
 
     `images` are the known relative names. Raises InputError, with the file and the row, for a file
-    that is not what its name says, a row without a file name, a file that is missing or outside the
-    metadata file's directory, and a second row for one file.
+    that is not what its name says, a row without a file name or with one outside the metadata
+    file's directory, a second row for one file, and when not one of the named files is there.
     """
     rows: dict[str, list[Row]] = {}
     for name in names:
@@ -53,16 +54,25 @@ def _read_file(root: Path, name: str, images: Collection[str]) -> dict[str, Row]
     readers = {"metadata.jsonl": _jsonl, "metadata.csv": _csv, "captions.json": _captions_json}
     found: dict[str, Row] = {}
     for where, row in readers[os.path.basename(name)](content, shown):
-        target = _target(root, folder, _file_name(row, where), where, images)
+        target = _target(folder, _file_name(row, where), where)
         if target in found:
             raise InputError(
                 f"{where}: {json_name(target)} has a caption in {found[target].where} already; "
                 "remove one, or give several captions as a list"
             )
+        if target not in images and not _is_there(root, target):
+            found[target] = Row(where, None, missing=True)
+            continue
         try:
             found[target] = Row(where, texts_of(row, ROW_KEYS))
         except CaptionError as error:
             found[target] = Row(where, None, error)
+    if found and all(row.missing for row in found.values()):
+        target, first = next(iter(found.items()))
+        raise InputError(
+            f"{first.where}: {json_name(target)} is not there, nor is any other file that {shown} "
+            "names; correct the names or remove it"
+        )
     return found
 
 
@@ -157,7 +167,7 @@ def _file_name(row: dict[str, Any], where: str) -> str:
     return file_name
 
 
-def _target(root: Path, folder: str, file_name: str, where: str, images: Collection[str]) -> str:
+def _target(folder: str, file_name: str, where: str) -> str:
     """The row's file, relative to the root. Raises InputError."""
     parts = file_name.split("/")
     try:
@@ -169,13 +179,12 @@ def _target(root: Path, folder: str, file_name: str, where: str, images: Collect
         raise InputError(f"{where}: {shown} leads out of the directory; give a name below it")
     inside = "/".join(part for part in parts if part not in ("", "."))
     inside = os.fsdecode(inside.encode("utf-8", "surrogateescape"))  # as folders are listed
-    target = f"{folder}/{inside}" if folder else inside
-    if target in images:
-        return target
+    return f"{folder}/{inside}" if folder else inside
+
+
+def _is_there(root: Path, target: str) -> bool:
+    """Whether it is a file of any kind; an image that cannot be read is reported as such."""
     try:
-        exists = bool(inside) and os.path.lexists(root / target)
+        return os.path.lexists(root / target) and not os.path.isdir(root / target)
     except ValueError:  # a NUL
-        exists = False
-    if not exists:
-        raise InputError(f"{where}: {shown} is not there; correct the name or remove the row")
-    return target
+        return False

@@ -51,6 +51,12 @@ def scan_dataset(dataset: Path, data: DataConfig) -> Scan:
     tree = _list_dataset(dataset, data)
     scan = Scan([], list(tree.skips))
     rows = read_metadata(tree.root, tree.metadata, frozenset(tree.images))
+    scan.skips += [
+        Skip(json_name(name), "image_missing", f"{row.where} names it; it is not there")
+        for name, found in rows.items()
+        for row in found[:1]
+        if row.missing
+    ]
     conflicts: list[str] = []
     used: set[str] = set()
     tar_ignored: Counter[str] = Counter()

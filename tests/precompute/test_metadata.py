@@ -76,7 +76,7 @@ def test_metadata_is_for_its_own_directory(folder: Path) -> None:
     (folder / "sub/metadata.jsonl").write_text('{"file_name": "c.png", "text": "three"}')
     assert by_name(scan(folder)) == {"sub/c.png": ("three",)}
     (folder / "sub/metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
-    with pytest.raises(InputError, match=r"sub/metadata.jsonl row 1: a.png is not there"):
+    with pytest.raises(InputError, match=r"sub/metadata.jsonl row 1: sub/a.png is not there"):
         scan(folder)
 
 
@@ -188,3 +188,15 @@ def test_names_beyond_ascii(folder: Path) -> None:
         json.dumps({"file_name": "caf\u00e9 \u732b.png", "text": "one"}), encoding="utf-8"
     )
     assert by_name(scan(folder)) == {"caf\u00e9 \u732b.png": ("one",)}
+
+
+def test_a_named_image_that_is_missing_is_reported_and_stops_nothing(folder: Path) -> None:
+    (folder / "folder.png").mkdir()
+    names = ["a.png", "gone.png", "sub/gone.png", "folder.png"]
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    found = scan(folder)
+    assert by_name(found)["a.png"] == ("x",)
+    missing = [skip for skip in found.skips if skip.reason == "image_missing"]
+    assert [skip.name for skip in missing] == ["folder.png", "gone.png", "sub/gone.png"]
+    assert missing[1].detail == "metadata.jsonl row 2 names it; it is not there"
