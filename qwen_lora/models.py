@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_lora.errors import InputError
 from qwen_lora.hashing import canonical_json, sha256_file
 from qwen_lora.posix import write_atomic
+from qwen_lora.progress import Progress
 
 if TYPE_CHECKING:
     from qwen_lora.families.base import Family
@@ -25,6 +26,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # in each component's folder
+SHOWN_FROM_BYTES = 1 << 30
 WEIGHTLESS = ("scheduler", "tokenizer")
 
 
@@ -200,7 +202,7 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
             stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
             entry = remembered.get(str(target))
             if entry is None or entry[:3] != stamp:
-                entry = remembered[str(target)] = [*stamp, sha256_file(target)]
+                entry = remembered[str(target)] = [*stamp, _hash_weights(target)]
                 changed = True
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -209,6 +211,14 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cache_file, canonical_json(remembered))
     return hashes
+
+
+def _hash_weights(path: Path) -> str:
+    """sha256, with a progress bar for a file that takes more than a moment."""
+    size = path.stat().st_size
+    quiet = size < SHOWN_FROM_BYTES or os.environ.get("LOCAL_RANK", "0") != "0"
+    with Progress(f"hashing {path.name}", size >> 20, "MiB", quiet=quiet) as progress:
+        return sha256_file(path, lambda count: progress.update(count >> 20))
 
 
 def _load_cache(cache_file: Path | None) -> dict[str, list[Any]]:

@@ -226,3 +226,12 @@ def test_weights_that_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="no safetensors file beside it"):
         weight_files(folder)
+
+
+def test_hashing_a_large_file_shows_that_something_happens(tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    weight_hashes(tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(models, "SHOWN_FROM_BYTES", 1 << 20)
+    weight_hashes(tmp_path)
+    assert "hashing model.safetensors: 3/3 MiB" in capsys.readouterr().err
