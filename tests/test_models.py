@@ -166,7 +166,7 @@ def test_hub_blobs_are_not_read(hub_cache: Path, monkeypatch) -> None:
 
 
 def test_weights_that_cannot_be_read(tiny_model: Path, monkeypatch) -> None:
-    def denied(path: Path) -> str:
+    def denied(path: Path, on_bytes: object) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(models, "sha256_file", denied)
@@ -178,7 +178,9 @@ def test_hashes_are_remembered_until_the_file_changes(tiny_model: Path, tmp_path
     folder = shutil.copytree(tiny_model / "vae", tmp_path / "vae")
     cache = tmp_path / "state" / "hashes.json"
     read: list[Path] = []
-    monkeypatch.setattr(models, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    monkeypatch.setattr(
+        models, "sha256_file", lambda path, on_bytes: read.append(path) or sha256_file(path)
+    )
     first = weight_hashes(folder, cache)
     (name,) = first
     assert first == {name: sha256_file(folder / name)} and len(read) == 1
