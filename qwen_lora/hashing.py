@@ -14,7 +14,7 @@ from typing import Any
 CHUNK_BYTES = 1 << 20
 
 
-def sha256_hex(data: bytes | memoryview) -> str:
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -102,10 +102,9 @@ class ShardSet:
         """The JSON member of a row alone."""
         return decode_meta(self._member(row, 0), self.where(row))
 
-    def read_bytes(self, row: int) -> tuple[bytes, bytes]:
+    def read_bytes(self, row: int) -> tuple[bytearray, bytearray]:
         """The JSON and safetensors members of a row, hashes checked. Raises ShardError."""
-        meta, tensors = self._member(row, 0), self._member(row, 1)
-        return meta, tensors
+        return self._member(row, 0), self._member(row, 1)
 
     def read(self, row: int, captions: Sequence[int] | None = None) -> Record:
         """Decode a row: latents always, and the tensors of the asked captions (default: all).
@@ -131,7 +130,7 @@ class ShardSet:
         tar = self.manifest.shards[int(self.table.shard[row])].tar.name
         return f"{self.folder / tar}, sample {self.table.sample_id[row]}"
 
-    def _member(self, row: int, member: int) -> bytes:
+    def _member(self, row: int, member: int) -> bytearray:
         table = self.table
         entry = self.manifest.shards[int(table.shard[row])].tar
         offset, size = int(table.member_offsets[row, member]), int(table.member_bytes[row, member])
@@ -189,7 +188,7 @@ class _OpenFiles:
         self._most = OPEN_FILES
         self._lock = threading.Lock()
 
-    def read(self, path: Path, length: int, offset: int, size: int) -> bytes:
+    def read(self, path: Path, length: int, offset: int, size: int) -> bytearray:
         descriptor = self._borrow(path, length)
         try:
             return _read_at(descriptor, offset, size)
@@ -229,16 +228,17 @@ class _OpenFiles:
 _seek_lock = threading.Lock()  # where there is no pread, a file's position is shared
 
 
-def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes, or fewer at the end of the file."""
-    if not hasattr(os, "pread"):  # Windows
+def _read_at(descriptor: int, offset: int, size: int) -> bytearray:
+    """`size` bytes, or fewer at the end of the file: the one buffer that is hashed and decoded."""
+    data = bytearray(size)
+    if not hasattr(os, "preadv"):  # Windows
         with _seek_lock, os.fdopen(os.dup(descriptor), "rb") as file:
             file.seek(offset)
-            return file.read(size)
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
+            del data[file.readinto(data) :]
+            return data
+    done = 0
+    with memoryview(data) as view:
+        while done < size and (more := os.preadv(descriptor, [view[done:]], offset + done)):
+            done += more
+    del data[done:]
     return data

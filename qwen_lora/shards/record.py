@@ -9,6 +9,7 @@ Checking and finiteness need only numpy; torch is imported when tensors are made
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def encode_record(meta: RecordMeta, tensors: Mapping[str, torch.Tensor]) -> tupl
     return facts, data
 
 
-def decode_meta(data: bytes | memoryview, what: str = "record") -> RecordMeta:
+def decode_meta(data: bytes | bytearray | memoryview, what: str = "record") -> RecordMeta:
     """Raises ShardError when a field is missing, unknown or of another type."""
     value = parse_json(data, what)
     if not isinstance(value, dict) or set(value) != set(RecordMeta.__dataclass_fields__):
@@ -127,7 +128,7 @@ def _all(value: Any, kind: type, length: int | None = None) -> bool:
 
 
 def check_tensors(
-    data: bytes | memoryview, expected: RecordShape, what: str = "record"
+    data: bytes | bytearray | memoryview, expected: RecordShape, what: str = "record"
 ) -> dict[str, TensorEntry]:
     """Check the header of a record's tensors against what the shard set says they are."""
     entries = parse_tensor_header(data, what)
@@ -155,7 +156,7 @@ def unconditional_shape(data: bytes, text_width: int, what: str) -> RecordShape:
 
 
 def check_values(
-    data: bytes | memoryview, entries: Mapping[str, TensorEntry], what: str = "record"
+    data: bytes | bytearray | memoryview, entries: Mapping[str, TensorEntry], what: str = "record"
 ) -> None:
     """Raises ShardError for a NaN or infinity, or a mask byte other than 0 and 1."""
     for name, entry in entries.items():
@@ -174,13 +175,14 @@ def check_values(
 
 
 def decode_tensors(
-    data: bytes | memoryview,
+    data: bytes | bytearray | memoryview,
     expected: RecordShape,
     captions: Sequence[int] | None = None,
     what: str = "record",
 ) -> dict[str, torch.Tensor]:
-    """The latents and the asked captions' tensors (default: all), checked and copied.
+    """The latents and the asked captions' tensors (default: all), checked.
 
+    The tensors are views of a bytearray, which must not change any more, or copies of other data.
     Latents are float16 [C, h, w], `prompt_embeds.i` bfloat16 [T_i, D], `prompt_mask.i` bool [T_i].
     """
     import torch
@@ -194,9 +196,10 @@ def decode_tensors(
         raise ShardError(f"{what}: there is no caption {sorted(wanted - set(chosen))}")
     check_values(data, chosen, what)
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
+    buffer = data if isinstance(data, bytearray) else bytearray(data)
     return {
         name: torch.frombuffer(
-            bytearray(data[entry.begin : entry.end]), dtype=dtypes[entry.dtype]
+            buffer, dtype=dtypes[entry.dtype], count=math.prod(entry.shape), offset=entry.begin
         ).reshape(entry.shape)
         for name, entry in chosen.items()
     }

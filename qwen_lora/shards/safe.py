@@ -18,7 +18,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 DTYPE_BYTES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
-def parse_json(data: bytes | memoryview, what: str, max_bytes: int = JSON_MEMBER_MAX_BYTES) -> Any:
+def parse_json(
+    data: bytes | bytearray | memoryview, what: str, max_bytes: int = JSON_MEMBER_MAX_BYTES
+) -> Any:
     """Parse JSON without duplicate keys, NaN, lone surrogates, deep nesting or excess length.
 
     Raises ShardError that starts with `what`.
@@ -66,7 +68,7 @@ class TensorEntry:
     end: int
 
 
-def parse_tensor_header(data: bytes | memoryview, what: str) -> dict[str, TensorEntry]:
+def parse_tensor_header(data: bytes | bytearray | memoryview, what: str) -> dict[str, TensorEntry]:
     """The entries of a safetensors buffer, checked to be exactly what the bytes hold.
 
     Refuses long headers, duplicate names, unknown dtypes, holes, overlaps and trailing bytes, so
