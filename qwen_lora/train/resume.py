@@ -77,7 +77,9 @@ def share_of_step(recorded: RunFacts | None, settings: Settings, world: int) -> 
     return total, total // world
 
 
-def check_resume(run: Path, old: RunFacts, new: RunFacts, settings: Settings) -> None:
+def check_resume(
+    run: Path, old: RunFacts, new: RunFacts, settings: Settings, done_steps: int
+) -> None:
     """Raises InputError naming every difference that would change the result."""
     problems = [
         f"{name} was {old.settings[name]!r}, now {value!r}"
@@ -85,7 +87,7 @@ def check_resume(run: Path, old: RunFacts, new: RunFacts, settings: Settings) ->
         if name not in _OWN_RULE and name in old.settings and old.settings[name] != value
     ]
     problems += _weight_problem(old, new)
-    problems += _length_problem(old, new, settings)
+    problems += _length_problem(old, new, settings, done_steps)
     for name, what in (
         ("compute_dtype", "the compute type (mixed_precision)"),
         ("base_model", "the base model's content"),
@@ -113,8 +115,10 @@ def _weight_problem(old: RunFacts, new: RunFacts) -> list[str]:
     return [f"the weights of shards were {before}, now {now}"] if before != now else []
 
 
-def _length_problem(old: RunFacts, new: RunFacts, settings: Settings) -> list[str]:
+def _length_problem(old: RunFacts, new: RunFacts, settings: Settings, done_steps: int) -> list[str]:
     before, now = old.settings["max_train_steps"], new.settings["max_train_steps"]
+    if now < done_steps:
+        return [f"max_train_steps is {now}, and {done_steps} steps are done"]
     if before == now or not depends_on_max_steps(settings):
         return []
     return [

@@ -46,7 +46,7 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
                 facts = assemble.run_facts(ranks, settings, sources, model, plan)
                 ranks.check_equal(facts.plan_id, "the plan of the samples")
                 if found:
-                    check_resume(run.path, found.facts, facts, settings)
+                    check_resume(run.path, found.facts, facts, settings, found.state.step)
                     if done := _already_done(ranks, run, found, settings):
                         return done
                 ranks.on_main(lambda: run.write_settings(settings))

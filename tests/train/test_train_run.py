@@ -208,6 +208,13 @@ def test_a_schedule_that_depends_on_the_length_keeps_it(make_settings: MakeSetti
         train(make_settings(lr_scheduler="cosine", max_train_steps=30))
 
 
+def test_a_run_does_not_get_shorter_than_it_is(make_settings: MakeSettings) -> None:
+    interrupt(make_settings(), 3)
+    with pytest.raises(InputError, match="max_train_steps is 2, and 3 steps are done"):
+        train(make_settings(max_train_steps=2))
+    assert train(make_settings(max_train_steps=3)).steps == 3
+
+
 def test_another_base_model_is_refused(
     make_settings: MakeSettings, stopped_run: Path, transformer_only: Path, tmp_path: Path
 ) -> None:
