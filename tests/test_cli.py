@@ -168,6 +168,22 @@ def test_wrong_usage_is_exit_2(arguments: list[str], stages: dict[str, Any]) -> 
     assert "train" not in stages and "precompute" not in stages
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("precompute", "photos", "--output", "s3://bucket/shards"),
+        ("precompute", "hf://datasets/photos"),
+        ("train", "https://example.org/shards"),
+        ("train", "--output", "gs://bucket/run"),
+    ],
+)
+def test_a_url_is_not_taken_for_a_folder(arguments: Any, stages: dict[str, Any]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "is a URL; this version reads local folders only" in result.stderr
+    assert "train" not in stages and "precompute" not in stages
+
+
 def test_wrong_settings_are_said_by_one_process(
     stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

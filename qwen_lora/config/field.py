@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ def facts(field: FieldInfo) -> SettingFacts:
 # ---- types that read what people write -------------------------------------------------------
 
 
+# One slash is enough: a Path, as the command line gives it, has lost the second.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
 def _local_path(value: Any) -> Any:
     """`~` is the home folder; an empty name and a URL are errors, not odd folders."""
     text = str(value) if isinstance(value, Path) else value
@@ -61,7 +66,7 @@ def _local_path(value: Any) -> Any:
         return value
     if not text.strip():
         raise ValueError("a path is needed, this one is empty")
-    if "://" in text:
+    if _URL.match(text):
         raise ValueError(f"{text!r} is a URL; this version reads local folders only")
     return Path(text).expanduser()
 

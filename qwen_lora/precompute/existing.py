@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwen_lora.errors import ShardError
 from qwen_lora.precompute.worklist import Wanted
 from qwen_lora.shards.format import Fingerprint, Manifest, ShardEntry
 from qwen_lora.shards.manifest import MANIFEST, load_manifest, read_retired, read_sidecar
@@ -27,12 +28,14 @@ class ExistingSet:
 
     @classmethod
     def load(cls, folder: Path) -> ExistingSet:
-        """An empty set when there is no manifest. Raises ShardError when it is damaged."""
+        """An empty set when there is no manifest. Raises ShardError when it is damaged or a shard is
+        missing or cut off: a new generation must not promise what is not there."""
         if not (folder / MANIFEST).exists():
             return cls(folder)
         manifest, name = load_manifest(folder)
         sources, groups = {}, {}
         for entry in manifest.shards:
+            _check_length(folder, entry)
             for row in read_sidecar(folder, entry).rows:
                 sources[row.sample_id] = row.source_sha256
                 groups[row.sample_id] = row.group
@@ -81,3 +84,16 @@ class ExistingSet:
             if source in seen - kept and sample_id not in wanted.samples
         }
         return frozenset((self.retired - wanted.samples.keys()) | superseded)
+
+
+def _check_length(folder: Path, entry: ShardEntry) -> None:
+    path = folder / entry.tar.name
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; copy it again from its source") from None
+    if size != entry.tar.bytes:
+        raise ShardError(
+            f"{path} has {size} bytes, the manifest says {entry.tar.bytes}; copy it again from its "
+            "source"
+        )

@@ -151,6 +151,13 @@ def plan_shards(
     if not samples:
         return []
     counts = count_tokens((text for sample in samples for text in sample.captions), model)
+    cut_off = [count.truncated for count in counts.values() if count.truncated]
+    if cut_off:
+        print(
+            f"hint: {len(cut_off)} captions are longer than the model reads; their ends are cut "
+            f"off, at most {max(cut_off)} tokens",
+            file=sys.stderr,
+        )
     text_width = model.family.text_width(model)
 
     def predict(sample: WantedSample, tokens: Sequence[TokenCount]) -> int:

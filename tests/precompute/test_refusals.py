@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.errors import InputError, QwenLoraError, ShardError
 from qwen_lora.models import resolve_model
 from qwen_lora.posix import exclusive_lock
 from qwen_lora.precompute import plan
@@ -123,6 +123,32 @@ def test_what_a_set_leaves_out_stays_so(make_settings, dataset):
         precompute(make_settings(data, shards_dir=bare))
     again = precompute(make_settings(data, captions_in_shards=False, shards_dir=bare))
     assert (again.unchanged, again.exit_code) == (4, 0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_set_without_one_of_its_shards_gets_no_generation(make_settings, dataset, damage):
+    settings = make_settings({"img_dir": dataset})
+    precompute(settings)
+    shard = next(settings.shards_dir.glob("shard-*.tar"))
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut off":
+        shard.write_bytes(content[:-512])
+    (dataset / "00.txt").write_text("another caption")
+    for dry_run in (True, False):
+        with pytest.raises(ShardError, match=f"{shard.name} (is missing|has .* bytes)"):
+            precompute(settings, dry_run=dry_run)
+    shard.write_bytes(content)
+    assert precompute(settings).written == 1
+
+
+def test_captions_that_are_cut_off_are_told(make_settings, dataset, capsys):
+    (dataset / "00.txt").write_text("x y " * 900)
+    settings = make_settings({"img_dir": dataset})
+    precompute(settings)
+    assert "hint: 1 captions are longer than the model reads" in capsys.readouterr().err
+    precompute(settings)
+    assert "longer than" not in capsys.readouterr().err
 
 
 def test_a_dry_run_refuses_what_the_run_would(make_settings, dataset):

@@ -70,8 +70,11 @@ def _pick(config: Mapping[str, Any], keys: tuple[str, ...], component: str) -> d
 
 
 def _tokenizer_hashes(folder: Path) -> dict[str, str]:
-    return {
-        name: sha256_file(folder / name)
-        for name in constants.TOKENIZER_FILES
-        if (folder / name).is_file()
-    }
+    try:
+        return {
+            name: sha256_file(folder / name)
+            for name in constants.TOKENIZER_FILES
+            if (folder / name).is_file()
+        }
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from None
