@@ -28,8 +28,11 @@ class ExistingSet:
 
     @classmethod
     def load(cls, folder: Path) -> ExistingSet:
-        """An empty set when there is no manifest. Raises ShardError when it is damaged or a shard is
-        missing or cut off: a new generation must not promise what is not there."""
+        """An empty set when there is no manifest.
+
+        Raises ShardError when it is damaged or a shard is missing or cut off: a new generation must
+        not promise what is not there.
+        """
         if not (folder / MANIFEST).exists():
             return cls(folder)
         manifest, name = load_manifest(folder)

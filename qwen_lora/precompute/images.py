@@ -39,7 +39,8 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
     try:
         content = read_source(inspection.candidate.image)
     except (OSError, ValueError) as error:
-        raise DecodeError("unreadable", str(error)) from error
+        detail = str(getattr(error, "strerror", None) or error)  # without the path
+        raise DecodeError("unreadable", detail) from error
     if sha256_hex(content) != inspection.source_sha256:
         raise DecodeError("source_changed", "the file changed while this run was reading it")
     try:
