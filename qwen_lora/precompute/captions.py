@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_lora.config.schema import DataConfig
 from qwen_lora.hashing import canonical_json
+from qwen_lora.precompute.reasons import Reason
 
 CAPTION_TYPES = ("txt", "caption", "json")  # sidecar extensions, without the dot
 SIDECAR_KEYS = ("caption", "prompt", "text")  # of a .json sidecar; the first that is there counts
@@ -23,7 +24,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 class CaptionError(Exception):
     """Why one image has no usable caption: `reason` and `detail` of its Skip."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: Reason, detail: str = "") -> None:
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from qwen_lora.config.schema import DataConfig
 from qwen_lora.hashing import sha256_hex
 from qwen_lora.precompute.inspect import open_image, oriented_size, read_source, why_undecodable
+from qwen_lora.precompute.reasons import Reason
 from qwen_lora.precompute.types import Inspection
 from qwen_lora.shards.format import Geometry
 
@@ -20,13 +22,14 @@ if TYPE_CHECKING:
 
 # Part of the fingerprint: another number when the pixels of any image would change.
 RESIZE_ALGORITHM = {"fast": "cv2-area-lanczos4-1", "exact": "pillow-lanczos-1"}
+PNG_DEPTH_BYTE = 24  # in the header: bits of a channel
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class DecodeError(Exception):
     """An image that cannot be used: `reason` is a fixed word, `detail` for a person."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -50,9 +53,16 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
         if oriented_size(image, content) != inspection.original_size:
             raise ValueError("the header's size is not the image's")
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.format == "PNG":
+            _scale_png_transparency(image, content)
+        ImageOps.exif_transpose(image, in_place=True)
+        if (image.height, image.width) != inspection.original_size:
+            raise ValueError("the orientation is not the header's")
         top, left, bottom, right = geometry.crop_box
-        image = to_rgb(image.crop((left, top, right, bottom)), image, data.alpha_background)
+        info = image.info
+        if geometry.crop_box != (0, 0, image.height, image.width):
+            image = image.crop((left, top, right, bottom))
+        image = to_rgb(image, info, data.alpha_background)
     except DecodeError:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
@@ -61,31 +71,55 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
     return np.ascontiguousarray(pixels[:, ::-1]) if geometry.flipped else pixels
 
 
-def to_rgb(crop: Image.Image, original: Image.Image, background: str) -> Image.Image:
+def to_rgb(image: Image.Image, info: Mapping[Any, Any], background: str) -> Image.Image:
     """8-bit sRGB: ICC profile applied, 16 bits scaled, alpha put on `background`.
 
-    A missing, broken or unsuitable profile means sRGB. `original` is the image that the crop was
-    taken from: `crop` keeps its pixels, not all of its colour information.
+    `info` is Pillow's, of the file that the image was cut from. A missing, broken or unsuitable
+    profile means sRGB.
     """
     from PIL import Image
 
-    profile = original.info.get("icc_profile")
-    transparency = original.info.get("transparency")
-    if crop.mode in SIXTEEN_BIT_MODES or crop.mode == "I":
-        crop = _scale_16_bit(crop)
-        transparency = None
-    if transparency is not None and crop.mode in ("1", "L", "P", "RGB"):
-        crop.info["transparency"] = transparency
-        crop = crop.convert("RGBA")
-    elif crop.mode == "La":
-        crop = crop.convert("LA").convert("RGBA")
-    elif crop.mode in ("P", "PA", "LA", "RGBa"):
-        crop = crop.convert("RGBA" if crop.has_transparency_data else "RGB")
-    if crop.mode != "RGBA":
-        return _to_srgb(crop, profile)
-    alpha = crop.getchannel("A")
-    colours = _to_srgb(crop.convert("RGB"), profile)
-    return Image.composite(colours, Image.new("RGB", crop.size, background), alpha)
+    colours, alpha = _split_alpha(image, info.get("transparency"))
+    del image  # copies of a large picture are what memory goes to
+    rgb = _to_srgb(colours, info.get("icc_profile"))
+    if alpha is None:
+        return rgb
+    composed = Image.new("RGB", rgb.size, background)
+    composed.paste(rgb, mask=alpha)
+    return composed
+
+
+def _split_alpha(image: Image.Image, transparency: Any) -> tuple[Image.Image, Image.Image | None]:
+    """Colours of 8 bits without alpha, and alpha (L) if there is any.
+
+    `transparency` is a PNG's transparent colour, or alpha by palette entry; None without one.
+    """
+    from PIL import Image
+
+    if image.mode in SIXTEEN_BIT_MODES or image.mode == "I":
+        opaque = None if transparency is None else np.asarray(image) != transparency
+        alpha = None if opaque is None else Image.fromarray(opaque.astype(np.uint8) * 255)
+        return _scale_16_bit(image), alpha
+    if transparency is not None and image.mode in ("1", "L", "P", "RGB"):
+        image.info["transparency"] = transparency
+        image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+    elif image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        image = image.convert(image.mode.upper())
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode in ("LA", "RGBA"):
+        return image.convert(image.mode[:-1]), image.getchannel("A")
+    return image, None
+
+
+def _scale_png_transparency(image: Image.Image, content: bytes) -> None:
+    """Pillow tells a PNG's transparent colour in the file's bits; its pixels have 8."""
+    transparency = image.info.get("transparency")
+    bits = content[PNG_DEPTH_BYTE]
+    if image.mode == "L" and isinstance(transparency, int) and transparency < 1 << bits:
+        image.info["transparency"] = transparency * 255 // ((1 << bits) - 1)
+    elif image.mode == "RGB" and isinstance(transparency, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in transparency)
 
 
 def _scale_16_bit(image: Image.Image) -> Image.Image:
@@ -99,17 +133,21 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if image.mode in ("YCbCr", "HSV"):  # other writings of RGB, which their profile is for
+        image = image.convert("RGB")
     if profile and image.mode in ("RGB", "L", "CMYK"):
         from PIL import ImageCms
 
-        try:
-            transform = _srgb_transform(profile, image.mode)
-            converted = ImageCms.applyTransform(image, transform)
+        for mode in (image.mode, "RGB") if image.mode == "L" else (image.mode,):
+            try:
+                transform = _srgb_transform(profile, mode)
+                given = image if image.mode == mode else image.convert(mode)
+                converted = ImageCms.applyTransform(given, transform)
+            except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+                continue  # broken, or a profile for another kind of pixel: taken as sRGB
             if converted is not None:
                 return converted
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass  # broken, or a profile for another kind of pixel: taken as sRGB
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=64)

@@ -6,11 +6,14 @@ No pixel is decoded here, so a picture of any claimed size costs nothing.
 from __future__ import annotations
 
 import io
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
 from qwen_lora.config.schema import DataConfig
 from qwen_lora.hashing import sha256_hex
+from qwen_lora.precompute.files import open_regular
+from qwen_lora.precompute.reasons import Reason
 from qwen_lora.precompute.types import Candidate, ImageSource, Inspection, Skip
 
 if TYPE_CHECKING:
@@ -43,16 +46,15 @@ def inspect_image(candidate: Candidate, data: DataConfig) -> Inspection | Skip:
 
 def read_source(source: ImageSource) -> bytes:
     """The image's bytes. Raises OSError, or ValueError for a file that is too large or cut off."""
-    with open(source.path, "rb") as file:
-        if source.size is None or source.offset is None:
-            content = file.read(FILE_MAX_BYTES + 1)
-        else:
-            file.seek(source.offset)
-            content = file.read(min(source.size, FILE_MAX_BYTES + 1))
-            if len(content) < min(source.size, FILE_MAX_BYTES):
-                raise ValueError("the tar ends inside this member")
-    if len(content) > FILE_MAX_BYTES:
-        raise ValueError(f"larger than {FILE_MAX_BYTES >> 30} GiB")
+    with open_regular(source.path) as file:
+        whole = source.size is None or source.offset is None
+        size = os.fstat(file.fileno()).st_size if source.size is None else source.size
+        if size > FILE_MAX_BYTES:
+            raise ValueError(f"larger than {FILE_MAX_BYTES >> 30} GiB")
+        file.seek(source.offset or 0)
+        content = file.read(FILE_MAX_BYTES if whole else size)
+    if not whole and len(content) < size:
+        raise ValueError("the tar ends inside this member")
     return content
 
 
@@ -95,7 +97,7 @@ def orientation(image: Image.Image, content: bytes) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _refuse(image: Image.Image, data: DataConfig) -> tuple[str, str] | None:
+def _refuse(image: Image.Image, data: DataConfig) -> tuple[Reason, str] | None:
     pixels = image.width * image.height
     if pixels > data.max_pixels:
         return (

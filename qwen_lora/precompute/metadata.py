@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen_lora.errors import InputError
 from qwen_lora.precompute.captions import ROW_KEYS, CaptionError, texts_of
+from qwen_lora.precompute.files import open_regular
 from qwen_lora.precompute.walk import json_name
 
 CSV_FIELD_BYTES = 1 << 24  # Python's own limit is below that of a caption
@@ -47,7 +48,8 @@ def read_metadata(
 def _read_file(root: Path, name: str, images: Collection[str]) -> dict[str, Row]:
     shown = json_name(name)
     try:
-        content = (root / name).read_bytes()
+        with open_regular(root / name) as file:
+            content = file.read()
     except OSError as error:
         raise InputError(f"{shown} cannot be read: {error.strerror}") from None
     folder = os.path.dirname(name)

@@ -22,6 +22,7 @@ from qwen_lora.precompute.captions import (
     json_texts,
     read_sidecar,
 )
+from qwen_lora.precompute.files import open_regular
 from qwen_lora.precompute.metadata import Row, read_metadata
 from qwen_lora.precompute.tar_input import scan_tar
 from qwen_lora.precompute.types import Candidate, ImageSource, Scan, Skip
@@ -155,11 +156,7 @@ def _read(tree: Tree, name: str) -> bytes:
         reason, detail = tree.refused[name]
         raise CaptionError(reason, f"its caption {base}: {detail}")
     try:
-        # A pipe that took the file's place since it was listed must not block the scan.
-        descriptor = os.open(tree.root / name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise CaptionError("not_a_file", f"its caption {base} is not a regular file")
+        with open_regular(tree.root / name) as file:
             return file.read(CAPTION_MAX_BYTES + 1)
     except OSError as error:
         raise CaptionError("unreadable", f"its caption {base}: {error.strerror}") from None
@@ -222,6 +219,13 @@ def _hints(scan: Scan, data: DataConfig) -> list[str]:
         hints.append(
             f"no image has a caption; looked for files of the same name with {kinds} "
             f"(data_config.caption_type: {data.caption_type}) and for {', '.join(METADATA_NAMES)}"
+        )
+    damaged = [skip.name for skip in scan.skips if skip.reason == "tar_damaged"]
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        hints.append(
+            f"damaged or cut off: {', '.join(damaged[:3])}{more}; what lies behind the damage is "
+            "missing and cannot be counted"
         )
     if any(skip.reason == "heif_missing" for skip in scan.skips):
         hints.append("HEIC images were skipped; pip install 'qwen-lora[heif]' reads them")

@@ -20,6 +20,8 @@ from qwen_lora.precompute.captions import (
     json_texts,
     read_sidecar,
 )
+from qwen_lora.precompute.files import open_regular
+from qwen_lora.precompute.reasons import Reason
 from qwen_lora.precompute.types import Candidate, ImageSource, Skip
 from qwen_lora.precompute.walk import (
     IMAGE_TYPES,
@@ -65,7 +67,7 @@ def scan_tar(path: Path, shown: str, group: str, data: DataConfig) -> TarScan:
     """
     scan = TarScan()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(6).startswith(COMPRESSED):
                 detail = (
                     "only uncompressed tars are read; decompress it first (gunzip, unzstd, ...)"
@@ -133,7 +135,7 @@ def _file_member(
         scan.ignored["hidden"] += 1
         return
     kind = file_type(base)
-    problem = type_problem(kind)
+    problem: tuple[Reason, str] | None = type_problem(kind)
     if problem is None and kind not in IMAGE_TYPES and kind not in SIDECAR_TYPES:
         scan.ignored[f".{kind} files in tars" if kind else "other files in tars"] += 1
         return

@@ -11,20 +11,23 @@ from pathlib import Path
 
 from qwen_lora.errors import InputError
 from qwen_lora.precompute.inspect import heif_available
+from qwen_lora.precompute.reasons import Reason
 from qwen_lora.precompute.types import Skip
 
-IMAGE_TYPES = frozenset("jpg jpeg png webp bmp tif tiff avif heic heif".split())
-HEIF_TYPES = ("heic", "heif")
-# Pictures and videos by name that no decoder here reads: reported one by one, not ignored.
+IMAGE_TYPES = frozenset("jpg jpeg jpe jfif png webp bmp tif tiff avif heic heif hif".split())
+HEIF_TYPES = ("heic", "heif", "hif")
+# Pictures by name that no decoder here reads: reported one by one, not ignored.
 UNSUPPORTED_TYPES = frozenset(
     "gif apng svg psd psb xcf eps ai pdf ico icns tga dds exr hdr pbm pgm ppm pnm pfm jp2 j2k jpx"
-    " jxl jxr wdp jfif jpe hif raw dng cr2 cr3 nef arw orf rw2 raf srw pef mp4 mov avi mkv webm"
+    " jxl jxr wdp raw dng cr2 cr3 nef arw orf rw2 raf srw pef"
     .split()
 )  # fmt: skip
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 SIDECAR_TYPES = frozenset(("txt", "caption", "json"))
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "captions.json")
 SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX"))
+# Links between 20 folders can make a million paths; each folder is listed this often at most.
+FOLDER_VISITS_MAX = 32
 SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini"))
 # Control characters, line separators, and marks that turn the direction of writing.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -40,7 +43,7 @@ class Tree:
     metadata: list[str] = field(default_factory=list)
     # "folder/stem" -> type -> name; two files of one type differ in case (a.txt, a.TXT)
     sidecars: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    refused: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> reason, detail
+    refused: dict[str, tuple[Reason, str]] = field(default_factory=dict)  # name -> reason, detail
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
 
@@ -61,7 +64,7 @@ def file_type(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
-def type_problem(kind: str) -> tuple[str, str] | None:
+def type_problem(kind: str) -> tuple[Reason, str] | None:
     """Why no image of this type is read: reason and detail of its Skip; None for other types."""
     if kind in UNSUPPORTED_TYPES:
         return "unsupported_type", f".{kind} files are not read; convert it to PNG, JPEG or WebP"
@@ -96,6 +99,7 @@ class _Walker:
         self.tree = tree
         self.real_root = real_root
         self.follow_symlinks = follow_symlinks
+        self.visits: Counter[tuple[int, int]] = Counter()  # of folders, by device and inode
 
     def list_folder(
         self, folder: str, above: frozenset[tuple[int, int]]
@@ -115,6 +119,11 @@ class _Walker:
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             self._skip(folder, "symlink_loop", "the link leads to a folder above it")
+            return []
+        self.visits[identity] += 1
+        if self.visits[identity] > FOLDER_VISITS_MAX:
+            detail = f"more than {FOLDER_VISITS_MAX} paths lead to this folder by links"
+            self._skip(folder, "symlink_repeated", detail)
             return []
         below = above | {identity}
         folders = []
@@ -153,7 +162,7 @@ class _Walker:
         self._sort_in(entry.name, name)
         return False
 
-    def _check_link(self, path: str) -> tuple[str, str] | None:
+    def _check_link(self, path: str) -> tuple[Reason, str] | None:
         try:
             target = os.path.realpath(path, strict=True)
         except OSError as error:
@@ -186,7 +195,7 @@ class _Walker:
         else:
             self.tree.ignored[f".{kind} files" if kind else "files without an extension"] += 1
 
-    def _refuse(self, name: str, reason: str, detail: str) -> None:
+    def _refuse(self, name: str, reason: Reason, detail: str) -> None:
         """A file that is not opened; a sidecar is reported with its image."""
         kind = file_type(name)
         if os.path.basename(name) in METADATA_NAMES:
@@ -199,7 +208,7 @@ class _Walker:
         else:
             self.tree.ignored["links and special files"] += 1
 
-    def _skip(self, name: str, reason: str, detail: str) -> None:
+    def _skip(self, name: str, reason: Reason, detail: str) -> None:
         self.tree.skips.append(Skip(json_name(name), reason, detail))
 
 

@@ -1,7 +1,8 @@
 """Settings of a small stage 1 run, and shard sets compared byte by byte."""
 
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def make_settings(tiny_model: Path, image_folder: Path, tmp_path: Path) -> Calla
         return Settings(**{**facts, **changes})
 
     return make
+
+
+@pytest.fixture
+def within_seconds() -> Iterator[None]:
+    """A test that waits for ever fails after 10 s instead. POSIX only."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("this waited for ever")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -64,6 +64,18 @@ def test_properties_over_1000_mixed_images() -> None:
     assert skipped < 100
 
 
+def test_photos_of_common_aspects_give_few_shapes() -> None:
+    rng = random.Random(1)
+    shapes = set()
+    for number in range(1000):
+        ratio, side = math.exp(rng.gauss(0, 0.35)), math.exp(rng.uniform(6, 8.3))  # 400 to 4000 px
+        size = round(side / ratio**0.5), round(side * ratio**0.5)
+        made = make_geometries(image(*size, number), DataConfig(), 1024, MULTIPLE, 0)
+        assert isinstance(made, tuple)
+        shapes.add(made[0].bucket)
+    assert 20 < len(shapes) <= 60
+
+
 def test_buckets_of_1024() -> None:
     buckets = bucket_list(1024**2, 64, 0.25, 4.0)
     assert (1024, 1024) in buckets and (512, 2048) in buckets and (2048, 512) in buckets

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import struct
 import tarfile
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -88,7 +93,7 @@ def test_heic_needs_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "avif"])
 def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
     """However a camera was held, the picture is the same."""
     undo = {
@@ -104,22 +109,67 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
-    options = {"quality": 98, "subsampling": 0} if suffix == "jpg" else {}
-    stored.save(path, exif=exif, **options)
+    options = {
+        "jpg": {"quality": 98, "subsampling": 0},
+        "webp": {"lossless": True},
+        "avif": {"quality": 100, "subsampling": "4:4:4"},
+    }
+    stored.save(path, exif=exif, **options.get(suffix, {}))
     found = inspect(path)
     assert isinstance(found, Inspection) and found.original_size == (SIDE, 96)
     assert close(pixels_of(path), picture(), 4)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_jpegs_are_those_of_opencv(tmp_path: Path, orientation: int) -> None:
+    """OpenCV brings its own JPEG decoder and turns by EXIF too."""
+    cv2 = pytest.importorskip("cv2")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((104, 72), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    expected = cv2.imread(str(tmp_path / "a.jpg"), cv2.IMREAD_COLOR)[..., ::-1]
+    found = pixels_of(tmp_path / "a.jpg")
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= 3
+
+
+def test_heic_is_turned(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = pillow_heif.from_pillow(picture().transpose(Image.Transpose.ROTATE_90))
+    file.info["exif"] = exif.tobytes()
+    file.save(tmp_path / "a.heic", quality=98, chroma=444)
+    assert close(pixels_of(tmp_path / "a.heic"), picture(), 24)
+
+
+def test_a_phones_jpeg_of_several_pictures(tmp_path: Path) -> None:
+    """MPO: a photo with its depth or gain map, not an animation."""
+    flat = Image.new("RGB", (SIDE, SIDE), RED)
+    flat.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[flat.convert("L")])
+    with Image.open(tmp_path / "a.jpg") as stored:
+        assert stored.format == "MPO" and stored.n_frames == 2
+    assert close(pixels_of(tmp_path / "a.jpg"), flat, 3)
+
+
 @pytest.mark.parametrize(
     ("mode", "suffix", "tolerance"),
-    [("L", "png", 0), ("1", "png", 0), ("P", "png", 0), ("CMYK", "tif", 3), ("LAB", "tif", 16)],
+    [
+        ("L", "png", 0),
+        ("1", "png", 0),
+        ("P", "png", 0),
+        ("CMYK", "tif", 3),
+        ("LAB", "tif", 16),
+        ("YCbCr", "tif", 4),
+    ],
 )
 def test_colour_modes(tmp_path: Path, mode: str, suffix: str, tolerance: int) -> None:
     path = tmp_path / f"a.{suffix}"
     stored = picture().convert(mode)
     stored.save(path)
-    expected = picture() if mode in ("CMYK", "LAB") else stored.convert("RGB")
+    expected = picture() if mode in ("CMYK", "LAB", "YCbCr") else stored.convert("RGB")
     assert close(pixels_of(path), expected, tolerance)
 
 
@@ -140,13 +190,67 @@ def test_big_endian_16_bits(tmp_path: Path) -> None:
     assert np.abs(found[..., 0].astype(float) - ramp.astype(float) / 257).max() <= 1
 
 
+def test_16_bits_of_colour(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    ramp = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16)
+    pixels = np.stack([ramp, ramp[::-1], ramp], -1).reshape(SIDE, SIDE, 3)  # blue, green, red
+    assert cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    found = pixels_of(tmp_path / "a.png").astype(float)
+    assert np.abs(found - pixels[..., ::-1] / 257).max() <= 1
+
+
+def png(bits: int, colour_type: int, rows: list[bytes], width: int, transparent: bytes) -> bytes:
+    """A PNG with a tRNS chunk, of bit depths that Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour_type", "hidden", "shown", "transparent", "expected"),
+    [
+        (1, 0, b"\x00", b"\xff", "0001", None),  # white on white: nothing to see
+        (1, 0, b"\x00", b"\xff", "0000", (255, 255, 255)),
+        (2, 0, b"\x55" * 2, b"\xaa" * 2, "0001", (170, 170, 170)),
+        (4, 0, b"\x33" * 4, b"\x55" * 4, "0003", (85, 85, 85)),
+        (8, 0, b"\x33" * 8, b"\x55" * 8, "0033", (85, 85, 85)),
+        (16, 0, b"\x33\x10" * 8, b"\x55\x55" * 8, "3310", (85, 85, 85)),
+        (8, 2, b"\x33\x40\x50" * 8, b"\x55\xff\x00" * 8, "003300400050", (85, 255, 0)),
+        (16, 2, b"\x33\x10\x40\0\x50\0" * 8, b"\x55\x55\xff\xff\0\0" * 8, "331040005000",
+         (85, 255, 0)),
+    ],
+)  # fmt: skip
+def test_the_transparent_colour_of_a_png(
+    tmp_path: Path,
+    bits: int,
+    colour_type: int,
+    hidden: bytes,
+    shown: bytes,
+    transparent: str,
+    expected: tuple[int, int, int] | None,
+) -> None:
+    content = png(bits, colour_type, [hidden] * 4 + [shown] * 4, 8, bytes.fromhex(transparent))
+    (tmp_path / "a.png").write_bytes(content)
+    found = pixels_of(tmp_path / "a.png")
+    if expected is None:
+        assert (found[:4] == 0).all() and (found[4:] == 255).all()
+    else:
+        assert (found[:4] == 255).all(), "the hidden colour shows"
+        assert (found[4:] == expected).all()
+
+
 @pytest.mark.parametrize(
     ("mode", "colour"), [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("La", (0, 0))]
 )
 def test_transparency_is_put_on_white(tmp_path: Path, mode: str, colour: tuple[int, ...]) -> None:
     if mode == "La":
         image = Image.new("LA", (SIDE, SIDE), colour).convert("La")
-        assert (np.asarray(to_rgb(image, image, "#ffffff")) == 255).all()
+        assert (np.asarray(to_rgb(image, image.info, "#ffffff")) == 255).all()
         return
     path = tmp_path / "a.png"
     Image.new(mode, (SIDE, SIDE), colour).save(path)
@@ -183,16 +287,40 @@ def test_icc_profiles_are_applied(tmp_path: Path) -> None:
     assert close(pixels_of(tmp_path / "broken.png"), picture(), 0)
 
 
-def test_a_swapped_primaries_profile_swaps_colours(tmp_path: Path) -> None:
+def linear_grey() -> bytes:
+    """The least ICC profile for grey: its values are light, not sRGB's curve of it."""
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)  # D50, 16.16
+    curve = b"curv" + bytes(8)  # no points: the identity
+    tags = struct.pack(">I", 2)
+    tags += b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 12)
+    header = struct.pack(">I4sI4s4s4s", 188, bytes(4), 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + white[8:]
+    return header.ljust(128, b"\0") + tags + white + curve
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_profiles_are_applied(tmp_path: Path, mode: str) -> None:
+    """Half the light is 188 in sRGB, with alpha and in 16 bits too."""
+    half = Image.new("L", (SIDE, SIDE), 128)
+    image = Image.fromarray(np.full((SIDE, SIDE), 128 * 257, np.uint16))
+    if mode != "I;16":
+        image = half.convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=linear_grey())
+    assert np.abs(pixels_of(tmp_path / "a.png").astype(int) - 188).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "YCbCr"])
+def test_a_swapped_primaries_profile_swaps_colours(tmp_path: Path, mode: str) -> None:
     """sRGB's profile with its red and green primaries exchanged turns red into green."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     tags = {bytes(profile[132 + 12 * k : 136 + 12 * k]): 132 + 12 * k for k in range(profile[131])}
     red, green = tags[b"rXYZ"], tags[b"gXYZ"]
     profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
-    picture().save(tmp_path / "a.png", icc_profile=bytes(profile))
-    found = pixels_of(tmp_path / "a.png")
-    assert np.abs(found[20, 60].astype(int) - GREEN).max() <= 2
-    assert np.abs(found[50, 60].astype(int) - RED).max() <= 2
+    name = "a.tif" if mode == "YCbCr" else "a.png"
+    picture().convert(mode).save(tmp_path / name, icc_profile=bytes(profile))
+    found = pixels_of(tmp_path / name)
+    assert np.abs(found[20, 60].astype(int) - GREEN).max() <= 4
+    assert np.abs(found[50, 60].astype(int) - RED).max() <= 4
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png", "a.tif"])
@@ -252,6 +380,22 @@ def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
     assert reason(tmp_path / "bomb.png") == "too_many_pixels"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.usefixtures("within_seconds")
+def test_a_pipe_that_takes_an_images_place_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    found = inspect(tmp_path / "a.jpg")
+    assert isinstance(found, Skip) and found.reason == "unreadable"
+    assert "not a regular file" in found.detail
+
+
+def test_a_giant_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    os.truncate(tmp_path / "a.jpg", 1 << 40)  # a hole
+    found = inspect(tmp_path / "a.jpg")
+    assert isinstance(found, Skip) and "larger than 1 GiB" in found.detail
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
@@ -328,8 +472,6 @@ def test_random_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
             for _ in range(3):
                 changed[rng.randrange(min(len(changed), 600))] = rng.randrange(256)
             path.write_bytes(changed)
-            import warnings
-
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = inspect(path, DataConfig(max_pixels=1_000_000))

@@ -14,10 +14,10 @@ import pytest
 
 from qwen_lora.config.schema import DataConfig
 from qwen_lora.errors import InputError
-from qwen_lora.precompute import inspect
+from qwen_lora.precompute import inspect, walk
 from qwen_lora.precompute.scan import scan_dataset
 from qwen_lora.precompute.types import Scan
-from qwen_lora.precompute.walk import json_name
+from qwen_lora.precompute.walk import FOLDER_VISITS_MAX, Tree, json_name
 
 
 def scan(folder: Path, **settings: object) -> Scan:
@@ -43,14 +43,24 @@ def reasons(found: Scan) -> dict[str, str]:
 
 
 def test_image_types(tmp_path: Path) -> None:
-    types = "jpg JPG jpeg png webp bmp tif tiff avif heic heif".split()
+    types = "jpg JPG jpeg jpe jfif png webp bmp tif tiff avif heic heif hif".split()
     add(tmp_path, *(f"{index:02d}.{kind}" for index, kind in enumerate(types)))
     assert names(scan(tmp_path)) == [f"{index:02d}.{kind}" for index, kind in enumerate(types)]
 
 
 def test_other_files(tmp_path: Path) -> None:
     add(tmp_path, "a.png")
-    for name in ("b.gif", "c.PSD", "d.svg", "e.raw", "notes.md", "f.md", "LICENSE", "g.json"):
+    for name in (
+        "b.gif",
+        "c.PSD",
+        "d.svg",
+        "e.raw",
+        "notes.md",
+        "f.md",
+        "LICENSE",
+        "g.json",
+        "h.MOV",
+    ):
         (tmp_path / name).write_bytes(b"")
     found = scan(tmp_path)
     assert names(found) == ["a.png"]
@@ -58,6 +68,7 @@ def test_other_files(tmp_path: Path) -> None:
     assert found.ignored == {
         ".json files that caption no image": 1,
         ".md files": 2,
+        ".mov files": 1,
         "files without an extension": 1,
     }
 
@@ -132,6 +143,7 @@ def test_names_for_json_differ_where_the_names_differ() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.usefixtures("within_seconds")
 def test_only_regular_files_are_opened() -> None:
     # A socket's path is short, so not below tmp_path.
     with tempfile.TemporaryDirectory() as name:
@@ -158,6 +170,28 @@ def test_only_regular_files_are_opened() -> None:
     assert found.ignored == {"links and special files": 1}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.usefixtures("within_seconds")
+@pytest.mark.parametrize("name", ["a.txt", "c.tar"])
+def test_a_pipe_that_takes_a_files_place_does_not_block(tmp_path: Path, name: str) -> None:
+    add(tmp_path, "a.png")
+    (tmp_path / "c.tar").write_bytes(b"")
+    listed = walk.walk(tmp_path, False)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+
+    def replaced(root: Path, follow_symlinks: bool) -> Tree:
+        return listed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen_lora.precompute.scan.walk", replaced)
+        found = scan(tmp_path)
+    (detail,) = (skip.detail for skip in found.skips if skip.name == name.replace("txt", "png"))
+    assert "not a regular file" in detail
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.usefixtures("within_seconds")
 def test_a_metadata_file_that_is_a_pipe(tmp_path: Path) -> None:
     add(tmp_path, "a.png")
     os.mkfifo(tmp_path / "metadata.jsonl")
@@ -217,6 +251,20 @@ def test_links_that_are_followed(linked: Path) -> None:
         "real/a.png",
     ]
     assert set(reasons(found).values()) == {"symlink_loop", "symlink_dangling"}
+
+
+def test_links_between_folders_cannot_multiply_for_ever(tmp_path: Path) -> None:
+    """Two links a level: a million paths lead to the last of 21 folders."""
+    depth = 20
+    for level in range(depth):
+        (tmp_path / f"d{level:02d}").mkdir()
+        for link in "xy":
+            (tmp_path / f"d{level:02d}" / link).symlink_to(f"../d{level + 1:02d}")
+    add(tmp_path, f"d{depth}/a.png")
+    found = scan(tmp_path)
+    assert f"d{depth}/a.png" in names(found)
+    assert len(names(found)) <= FOLDER_VISITS_MAX
+    assert set(reasons(found).values()) == {"symlink_repeated"}
 
 
 def test_a_dataset_that_is_itself_a_link(tmp_path: Path) -> None:

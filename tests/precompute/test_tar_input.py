@@ -191,6 +191,7 @@ def test_damaged_header_is_reported(tmp_path: Path) -> None:
         content[header + 150] ^= 1  # in its checksum
         found = scan(write(tmp_path, bytes(content)))
         assert [s.reason for s in found.skips if s.name == "a.tar"] == ["tar_damaged"], header
+        assert any("damaged or cut off: a.tar" in hint for hint in found.hints)
         assert len(found.candidates) == (1 if header >= 2048 else 0)
 
 
