@@ -587,3 +587,11 @@ def test_another_kind_of_parallelism_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match="configured for DeepSpeed"):
         train(make_settings(max_train_steps=1))
+
+
+def test_weights_that_never_give_a_sample_are_refused(
+    make_settings: MakeSettings, train_shards: Path
+) -> None:
+    sources = [ShardSource(path=train_shards, weight=1e-9)]
+    with pytest.raises(InputError, match="visits an epoch; raise them"):
+        train(make_settings(shards_dir="shards", shards=sources, max_train_steps=1))
