@@ -71,7 +71,7 @@ def to_rgb(crop: Image.Image, original: Image.Image, background: str) -> Image.I
 
     profile = original.info.get("icc_profile")
     transparency = original.info.get("transparency")
-    if crop.mode in SIXTEEN_BIT_MODES or crop.mode == "I":
+    if crop.mode in SIXTEEN_BIT_MODES:
         crop = _scale_16_bit(crop)
         transparency = None
     if transparency is not None and crop.mode in ("1", "L", "P", "RGB"):
@@ -92,9 +92,7 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
     """Greyscale of 16 bits to 8: 65535 becomes 255."""
     from PIL import Image
 
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise DecodeError("float_pixels", "32-bit pixels have no known range; convert to 8 bits")
+    values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
