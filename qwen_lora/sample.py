@@ -270,6 +270,11 @@ def _place(pipeline: Any) -> None:
         pipeline.enable_sequential_cpu_offload()
 
 
+def _name(file: Path) -> str:
+    """What tells LoRAs apart: training gives every file the same name, in folders of their own."""
+    return file.absolute().parent.name if file.name == "lora.safetensors" else file.stem
+
+
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     import torch
@@ -329,7 +334,7 @@ def _check_size(request: SampleRequest, multiple: int) -> None:
 
 def _grid(pictures: Sequence[Pictures], files: Sequence[Path]) -> Image.Image:
     first = pictures[0]
-    title = "LoRA " + " + ".join(file.stem for file in files)
+    title = "LoRA " + " + ".join(_name(file) for file in files)
     columns = ["base"] * (first.base is not None) + [title] * (first.lora is not None)
     rows = [
         Row(f"{p.prompt} (seed {p.seed})", [i for i in (p.base, p.lora) if i is not None])

@@ -166,3 +166,10 @@ def test_large_grids_stay_pictures_and_labels_never_fail() -> None:
     grid = labelled_grid(["base", "x" * 300], [Row(caption, [image, image])] * 12)
     assert max(grid.size) < 8192 * 1.5
     assert grid.getpixel((40, 400)) == (255, 0, 0)
+
+
+def test_loras_of_several_runs_are_told_apart() -> None:
+    from qwen_lora.sample import _name
+
+    assert _name(Path("style/lora.safetensors")) == "style"
+    assert _name(Path("style/ghibli.safetensors")) == "ghibli"

@@ -96,7 +96,7 @@ def _split_alpha(image: Image.Image, transparency: Any) -> tuple[Image.Image, Im
     """
     from PIL import Image
 
-    if image.mode in SIXTEEN_BIT_MODES or image.mode == "I":
+    if image.mode in SIXTEEN_BIT_MODES:
         opaque = None if transparency is None else np.asarray(image) != transparency
         alpha = None if opaque is None else Image.fromarray(opaque.astype(np.uint8) * 255)
         return _scale_16_bit(image), alpha
@@ -126,9 +126,7 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
     """Greyscale of 16 bits to 8: 65535 becomes 255."""
     from PIL import Image
 
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise DecodeError("float_pixels", "32-bit pixels have no known range; convert to 8 bits")
+    values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 

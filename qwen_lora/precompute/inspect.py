@@ -111,8 +111,8 @@ def _refuse(image: Image.Image, data: DataConfig) -> tuple[Reason, str] | None:
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1 and data.animated == "refuse":
         return "animated", f"{frames} frames or pages; set data_config.animated: first to take one"
-    if image.mode == "F":
-        return "float_pixels", "floating-point pixels have no known range; convert to 8 or 16 bits"
+    if image.mode in ("F", "I"):
+        return "unknown_range", "32-bit pixels have no known range; convert to 8 or 16 bits"
     return None
 
 

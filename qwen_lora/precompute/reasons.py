@@ -21,7 +21,7 @@ Reason = Literal[
     "undecodable",  # damaged, cut off, or not an image at all
     "too_many_pixels",  # told from the header
     "animated",  # several frames or pages
-    "float_pixels",  # no known range
+    "unknown_range",  # pixels of 32 bits
     "too_small",  # for the smallest bucket
     # its captions
     "caption_missing",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
@@ -40,6 +41,7 @@ from qwen_lora.train.validation import (
 )
 
 COMPONENTS = ("transformer", "scheduler")
+MIN_VISITS = 0.001  # an epoch; with fewer the search for the next sample takes too long
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def plan_data(
     else:
         count = min(FIXED_TRAIN_IMAGES, settings.validation_max_images)
         name, few = "fixed_train_loss", chosen_sources(sources_of(table, sources), count)
+    if (visits := float(table.weight.sum())) < MIN_VISITS:
+        raise InputError(
+            f"the weights of sets and groups give {visits:.3g} visits an epoch; raise them to at "
+            f"least {MIN_VISITS} together"
+        )
     micro_batches, accumulation = share_of_step(recorded, settings, ranks.world)
     rule = BatchRule(
         train_batch_size=settings.train_batch_size,

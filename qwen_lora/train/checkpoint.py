@@ -58,7 +58,6 @@ class TrainState:
     samples: int = 0
     smoothed_loss: float | None = None
     interval_losses: tuple[float, ...] = ()  # since the last line of metrics.jsonl
-    interval_samples: int = 0
 
 
 @dataclass(frozen=True)

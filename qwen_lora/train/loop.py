@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -183,10 +185,15 @@ class Loop:
             return
         values = measure.run(lambda: stop.signum)
         if values is not None:
-            self._write({"step": step, "epoch": self.state.epoch, **values})
+            self._write({"step": step, "epoch": self.state.epoch, **_json_numbers(values)})
+            if self.ranks.is_main and not all(map(math.isfinite, values.values())):
+                print(
+                    f"warning: {measure.name} is not finite at step {step} (null in the metrics)",
+                    file=sys.stderr,
+                )
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.parts.metrics.write(row)
+        self.ranks.on_main(lambda: self.parts.metrics.write(row))  # a full disk ends every rank
         self.parts.trackers.log(row, step=row["step"])
 
     def _save_when_due(self) -> None:
@@ -194,3 +201,8 @@ class Loop:
         if step % self.settings.checkpointing_steps == 0 or step == self.settings.max_train_steps:
             self.parts.save(self.state)
             self._saved_step = step
+
+
+def _json_numbers(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: None stands for it."""
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}

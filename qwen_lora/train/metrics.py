@@ -7,11 +7,13 @@ images) or fixed_train_loss (training images), with the same by sigma.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from qwen_lora.errors import QwenLoraError
 from qwen_lora.posix import write_atomic
 
 FILE = "metrics.jsonl"
@@ -45,18 +47,26 @@ class MetricsFile:
     def write(self, row: dict[str, Any]) -> None:
         if self.path is None:
             return
-        # One write to a file opened for appending: a reader never sees half a line of ours.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        line = _line(row)
         try:
-            os.write(descriptor, _line(row))
-        finally:
-            os.close(descriptor)
+            # One write to a file opened for appending: a reader never sees half a line of ours.
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise QwenLoraError(
+                f"cannot write {self.path}: {error}; the checkpoints are intact, free some space "
+                "and run the same command again"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a line torn by a crash is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -29,7 +29,7 @@ def plot_loss(metrics: Path, image: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, (label, style) in _CURVES.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, label=label, **style)

@@ -10,6 +10,7 @@ gloo group on the host: they never wait for a GPU. They are JSON; nothing is eve
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -34,13 +35,17 @@ def start_ranks(settings: Settings) -> Ranks:
     Raises InputError when `num_processes` is neither 1 nor the number of processes there are.
     """
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
+    _refuse_other_parallelism()
     with warnings.catch_warnings():
         # It chooses a number of CPU threads when nobody did, and warns on every rank.
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",
+            # Explicit, because the environment could otherwise divide every loss once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(settings.report_to) or None,
             project_dir=settings.output_dir / settings.logging_dir,
         )
@@ -52,6 +57,17 @@ def start_ranks(settings: Settings) -> Ranks:
             "`qwen-lora train` with --num-processes, or use `accelerate launch` alone"
         )
     return ranks
+
+
+def _refuse_other_parallelism() -> None:
+    """What `accelerate config` may have put into the launcher's environment. Raises InputError."""
+    for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise InputError(
+                f"accelerate is configured for {name.replace('_', '-')}, which training a LoRA "
+                "here does not use; start with --num-processes N, or run `accelerate launch "
+                "--multi_gpu` without that configuration"
+            )
 
 
 # Rank 0 may hash or load for a long time while the others wait in a host collective.

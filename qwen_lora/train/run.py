@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from qwen_lora.config.schema import Settings
+from qwen_lora.errors import QwenLoraError
 from qwen_lora.train.run_folder import RunFolder, TrainResult, find_checkpoint, open_run
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
     try:
         with open_run(ranks, settings, restart) as run:
             found = find_checkpoint(ranks, run, settings)
+            if not found:
+                ranks.on_main(run.refuse_to_overwrite)
             recorded = found.facts if found else None
             pinned = recorded.generations if recorded else None
             with open_sources(ranks, settings, pinned) as sources:
@@ -144,6 +147,15 @@ def _export(
     }
 
     def write() -> None:
+        try:
+            write_results()
+        except OSError as error:
+            raise QwenLoraError(
+                f"cannot write the results into {run.path}: {error}; the checkpoints are intact, "
+                "free some space and run the same command again"
+            ) from error
+
+    def write_results() -> None:
         save_lora(run.lora, trainable.transformer, trainable.spec, settings.save_dtype, provenance)
         run.write_result(state.step)
         if run.metrics.exists():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qwen_lora.config.schema import Settings
-from qwen_lora.errors import InputError
+from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json, sha256_file
 from qwen_lora.posix import exclusive_lock, write_atomic
 from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore, newest_good
@@ -69,7 +69,10 @@ class RunFolder:
     def write_settings(self, settings: Settings) -> None:
         values = settings.model_dump(mode="json")
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        write_atomic(self.path / SETTINGS, text.encode())
+        try:
+            write_atomic(self.path / SETTINGS, text.encode())
+        except OSError as error:
+            raise QwenLoraError(f"cannot write {self.path / SETTINGS}: {error}") from error
 
     def write_result(self, step: int) -> None:
         """Called after the LoRA file is in place: what it is, so that a rerun knows it is done."""
@@ -84,6 +87,15 @@ class RunFolder:
             return int(facts["step"]) if intact else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def refuse_to_overwrite(self) -> None:
+        """A result whose checkpoints are gone cannot be continued, and must not be lost to a run
+        from step 0. Raises InputError."""
+        if self.lora.exists():
+            raise InputError(
+                f"{self.lora} is there, but no checkpoint to continue from; choose another "
+                "--output to keep it, or start over with --restart"
+            )
 
     def forget(self) -> None:
         """--restart: remove what an earlier run wrote here, and nothing else."""

@@ -333,9 +333,10 @@ def test_animations_and_pages(tmp_path: Path, name: str) -> None:
     assert close(pixels_of(path, DataConfig(animated="first")), picture(), 0)
 
 
-def test_float_pixels_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((SIDE, SIDE), np.float32)).save(tmp_path / "a.tif")
-    assert reason(tmp_path / "a.tif") == "float_pixels"
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_32_bit_pixels_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.zeros((SIDE, SIDE), dtype)).save(tmp_path / "a.tif")
+    assert reason(tmp_path / "a.tif") == "unknown_range"
 
 
 @pytest.mark.parametrize(

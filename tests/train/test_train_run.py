@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -504,3 +505,93 @@ def test_what_a_run_leaves(make_settings: MakeSettings) -> None:
     assert all(keys <= row.keys() for row in rows)
     assert json.loads((settings.output_dir / "result.json").read_text())["step"] == 5
     assert str(settings.output_dir) not in result.lora.read_bytes().decode("latin-1")
+
+
+# ---- faults around a run -----------------------------------------------------------------------
+
+
+def test_a_result_without_its_checkpoints_is_not_overwritten(make_settings: MakeSettings) -> None:
+    result = train(make_settings(max_train_steps=2))
+    before = result.lora.read_bytes()
+    shutil.rmtree(result.lora.parent / "checkpoints")
+    with pytest.raises(InputError, match="no checkpoint to continue from.*--restart"):
+        train(make_settings(max_train_steps=3))
+    assert result.lora.read_bytes() == before
+    assert (result.lora.parent / "metrics.jsonl").exists()
+    assert train(make_settings(max_train_steps=3), restart=True).steps == 3
+
+
+def test_a_measure_that_is_not_finite_is_null_and_said(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = SampleLosses.forward
+
+    def forward(self: SampleLosses, batch: Any) -> torch.Tensor:
+        losses = original(self, batch)
+        return losses if torch.is_grad_enabled() else losses * float("nan")
+
+    monkeypatch.setattr(SampleLosses, "forward", forward)
+    result = train(make_settings(max_train_steps=2, validation_steps=1))
+    rows = read_metrics(result.lora.parent / "metrics.jsonl")
+    measured = [row for row in rows if "fixed_train_loss" in row]
+    assert [row["step"] for row in measured] == [0, 1, 2]
+    assert all(row["fixed_train_loss"] is None for row in measured)
+    assert "fixed_train_loss is not finite at step 1" in capsys.readouterr().err
+    assert (result.lora.parent / "loss.png").exists()
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(max_train_steps=10, logging_steps=7)
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: real(fd, data[: len(data) // 2]))
+        with pytest.raises(QwenLoraError, match=r"metrics\.jsonl.*No space left"):
+            train(settings)
+    assert CheckpointStore(settings.output_dir).steps() == [5]
+    result = train(settings)
+    losses = [row["step"] for row in read_metrics(result.lora.parent / "metrics.jsonl")]
+    assert (result.resumed_from, losses) == (5, [7, 10])
+
+
+def test_a_result_that_cannot_be_written_ends_in_one_line(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_lora.train.export.write_atomic", full)
+        with pytest.raises(QwenLoraError, match="cannot write the results.*checkpoints are intact"):
+            train(make_settings(max_train_steps=2))
+    assert train(make_settings(max_train_steps=2)).resumed_from == 2
+
+
+def test_accelerate_s_environment_does_not_change_the_gradient(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(make_settings("plain", max_train_steps=2, max_grad_norm=0))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    other = train(make_settings("other", max_train_steps=2, max_grad_norm=0))
+    norms = [
+        [row["grad_norm"] for row in read_metrics(result.lora.parent / "metrics.jsonl")]
+        for result in (plain, other)
+    ]
+    assert norms[0] == norms[1] and norms[0]
+
+
+def test_another_kind_of_parallelism_is_refused(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="configured for DeepSpeed"):
+        train(make_settings(max_train_steps=1))
+
+
+def test_weights_that_never_give_a_sample_are_refused(
+    make_settings: MakeSettings, train_shards: Path
+) -> None:
+    sources = [ShardSource(path=train_shards, weight=1e-9)]
+    with pytest.raises(InputError, match="visits an epoch; raise them"):
+        train(make_settings(shards_dir="shards", shards=sources, max_train_steps=1))

@@ -92,7 +92,10 @@ def velocity(
         hidden_states=pack(latents).to(dtype),
         timestep=sigmas.to(latents.device, dtype),
         encoder_hidden_states=embeds.to(latents.device, dtype),
-        encoder_hidden_states_mask=None if mask is None else mask.to(latents.device),
+        # Without waiting: a blocking copy would end with a synchronisation of the stream.
+        encoder_hidden_states_mask=(
+            None if mask is None else mask.to(latents.device, non_blocking=True)
+        ),
         img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
         return_dict=False,
     )[0]
