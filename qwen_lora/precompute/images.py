@@ -116,7 +116,7 @@ def _scale_png_transparency(image: Image.Image, content: bytes) -> None:
     """Pillow tells a PNG's transparent colour in the file's bits; its pixels have 8."""
     transparency = image.info.get("transparency")
     bits = content[PNG_DEPTH_BYTE]
-    if image.mode == "L" and isinstance(transparency, int) and transparency < 1 << bits:
+    if image.mode in ("1", "L") and isinstance(transparency, int) and transparency < 1 << bits:
         image.info["transparency"] = transparency * 255 // ((1 << bits) - 1)
     elif image.mode == "RGB" and isinstance(transparency, tuple) and bits == 16:
         image.info["transparency"] = tuple(value >> 8 for value in transparency)
