@@ -26,7 +26,7 @@ def demo_settings(images: Path, output: Path) -> Settings:
         learning_rate=3e-3,
         lora_targets="all-linear",
         gradient_checkpointing=False,
-        validation_fraction=0.125,
+        validation_fraction=0.4,
         validation_steps=50,
         checkpointing_steps=100,
         encode_threads=2,

@@ -20,7 +20,7 @@ class Progress:
         self, phase: str, total: int | None, unit: str, *, initial: int = 0, quiet: bool = False
     ) -> None:
         self.phase, self.total, self.unit, self.done = phase, total, unit, initial
-        self._initial = initial
+        self._initial = self._printed = initial
         self._quiet = quiet
         self._start = self._last = time.monotonic()
         self._note = ""
@@ -47,11 +47,12 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif not self._quiet and self.done > self._initial:
+        elif not self._quiet and self.done > self._printed:
             self._print_line()
 
     def _print_line(self) -> None:
         self._last = time.monotonic()
+        self._printed = self.done
         rate = (self.done - self._initial) / max(self._last - self._start, 1e-9)
         text = f"{self.phase}: {self.done}"
         if self.total is not None:

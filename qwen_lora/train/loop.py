@@ -99,8 +99,8 @@ class Loop:
                     self.state.step, current.micro_steps, current.samples
                 )
                 self._advance(current, result, time.monotonic() - started)
-                bar.update()
                 bar.note(self._note())
+                bar.update()
                 self._log(result, lr)
                 self._measure(stop)
                 self._save_when_due()
