@@ -96,8 +96,19 @@ def _download(model_id: str, revision: str | None, components: Sequence[str]) ->
     patterns = ["model_index.json"]
     patterns += [f"{name}/{pattern}" for name in components for pattern in DOWNLOADED]
     name = model_id + (f"@{revision}" if revision else "")
+
+    def fetch(local: bool) -> Path:
+        found = snapshot_download(
+            model_id, revision=revision, allow_patterns=patterns, local_files_only=local
+        )
+        return Path(found)
+
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
+        try:
+            return fetch(local=False)
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+            # huggingface_hub 1.x asks the hub about a named commit even when all of it is here.
+            return fetch(local=True)
     except errors.GatedRepoError:
         reason = "is gated; accept its terms on huggingface.co and set HF_TOKEN"
     except errors.RevisionNotFoundError:

@@ -146,7 +146,7 @@ def test_only_the_asked_components_are_downloaded(hub_cache: Path, monkeypatch) 
 
     asked = {}
 
-    def download(repo_id, *, revision, allow_patterns):
+    def download(repo_id, *, revision, allow_patterns, local_files_only):
         asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
         return str(hub_cache)
 
