@@ -124,8 +124,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def example_loop(shards: ShardSet, batch: int, px: int, accelerator: Accelerator, pixels: bool):
-    """A function that trains the given number of steps the example's way."""
+def cached_batches(shards: ShardSet, batch: int) -> tuple[list[Any], list[torch.Tensor]]:
+    """The posteriors and prompt embeddings of each batch, held in memory as the example does."""
     records = [shards.read(row).tensors for row in range(len(shards))]
     latents, embeds = [], []
     for start in range(0, len(records), batch):
@@ -134,10 +134,16 @@ def example_loop(shards: ShardSet, batch: int, px: int, accelerator: Accelerator
         moments = torch.cat([mean, torch.full_like(mean, -20.0)], dim=1)  # [B, 2C, 1, h, w]
         latents.append(DiagonalGaussianDistribution(moments))
         embeds.append(torch.stack([one["prompt_embeds.0"].float() for one in some]))
+    return latents, embeds
+
+
+def example_loop(shards: ShardSet, batch: int, px: int, accelerator: Accelerator, pixels: bool):
+    """A function that trains the given number of steps the example's way."""
+    latents, embeds = cached_batches(shards, batch)
     model = NullTransformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loader = torch.utils.data.DataLoader(
-        Images(len(records), px, pixels), batch_size=batch, shuffle=False, collate_fn=collate
+        Images(len(shards), px, pixels), batch_size=batch, shuffle=False, collate_fn=collate
     )
     schedule = get_scheduler("constant", optimizer=optimizer)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
