@@ -23,6 +23,7 @@ from qwen_lora.shards.manifest import (
     read_listed,
     read_retired,
 )
+from qwen_lora.shards.previews import PreviewPrompt, RgbMap, read_previews, read_rgb
 from qwen_lora.shards.record import (
     LATENT_NAMES,
     Record,
@@ -125,6 +126,14 @@ class ShardSet:
         shape = unconditional_shape(data, self.manifest.text_width, entry.name)
         tensors = decode_tensors(data, shape, None, entry.name)
         return tensors["prompt_embeds.0"], tensors["prompt_mask.0"]
+
+    def rgb_map(self) -> RgbMap | None:
+        """The linear map from latents to RGB, None when the set has none. Imports no torch."""
+        return read_rgb(self.folder, self.manifest)
+
+    def preview_prompts(self) -> list[PreviewPrompt]:
+        """The prompts that previews draw, with their embeddings; empty when the set has none."""
+        return read_previews(self.folder, self.manifest)
 
     def where(self, row: int) -> str:
         tar = self.manifest.shards[int(self.table.shard[row])].tar.name

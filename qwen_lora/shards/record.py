@@ -21,6 +21,7 @@ from qwen_lora.hashing import canonical_json
 from qwen_lora.shards.format import RecordMeta
 from qwen_lora.shards.safe import (
     JSON_MEMBER_MAX_BYTES,
+    TENSOR_HEADER_MAX_BYTES,
     TensorEntry,
     parse_json,
     parse_tensor_header,
@@ -128,10 +129,13 @@ def _all(value: Any, kind: type, length: int | None = None) -> bool:
 
 
 def check_tensors(
-    data: bytes | bytearray | memoryview, expected: RecordShape, what: str = "record"
+    data: bytes | bytearray | memoryview,
+    expected: RecordShape,
+    what: str = "record",
+    max_header_bytes: int = TENSOR_HEADER_MAX_BYTES,
 ) -> dict[str, TensorEntry]:
     """Check the header of a record's tensors against what the shard set says they are."""
-    entries = parse_tensor_header(data, what)
+    entries = parse_tensor_header(data, what, max_header_bytes)
     wanted = expected.tensors()
     if set(entries) != set(wanted):
         odd = sorted(set(entries) ^ set(wanted))
@@ -182,11 +186,9 @@ def decode_tensors(
 ) -> dict[str, torch.Tensor]:
     """The latents and the asked captions' tensors (default: all), checked.
 
-    The tensors are views of a bytearray, which must not change any more, or copies of other data.
-    Latents are float16 [C, h, w], `prompt_embeds.i` bfloat16 [T_i, D], `prompt_mask.i` bool [T_i].
+    Latents are float16 [C, h, w], `prompt_embeds.i` bfloat16 [T_i, D], `prompt_mask.i` bool [T_i];
+    memory as in `make_tensors`.
     """
-    import torch
-
     entries = check_tensors(data, expected, what)
     wanted = set(expected.latent_names)
     for index in range(len(expected.token_counts)) if captions is None else captions:
@@ -195,11 +197,21 @@ def decode_tensors(
     if len(chosen) != len(wanted):
         raise ShardError(f"{what}: there is no caption {sorted(wanted - set(chosen))}")
     check_values(data, chosen, what)
+    return make_tensors(data, chosen)
+
+
+def make_tensors(
+    data: bytes | bytearray | memoryview, entries: Mapping[str, TensorEntry]
+) -> dict[str, torch.Tensor]:
+    """The tensors of checked entries: views of a bytearray, which must not change any more, or
+    copies of other data."""
+    import torch
+
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
     buffer = data if isinstance(data, bytearray) else bytearray(data)
     return {
         name: torch.frombuffer(
             buffer, dtype=dtypes[entry.dtype], count=math.prod(entry.shape), offset=entry.begin
         ).reshape(entry.shape)
-        for name, entry in chosen.items()
+        for name, entry in entries.items()
     }

@@ -68,21 +68,16 @@ class TensorEntry:
     end: int
 
 
-def parse_tensor_header(data: bytes | bytearray | memoryview, what: str) -> dict[str, TensorEntry]:
+def parse_tensor_header(
+    data: bytes | bytearray | memoryview, what: str, max_bytes: int = TENSOR_HEADER_MAX_BYTES
+) -> dict[str, TensorEntry]:
     """The entries of a safetensors buffer, checked to be exactly what the bytes hold.
 
-    Refuses long headers, duplicate names, unknown dtypes, holes, overlaps and trailing bytes, so
-    that the library's own parser only ever sees a sane buffer. Format: safetensors' README.
+    Refuses headers of more than `max_bytes`, duplicate names, unknown dtypes, holes, overlaps and
+    trailing bytes, so that the library's own parser only ever sees a sane buffer. Format:
+    safetensors' README.
     """
-    if len(data) < 8:
-        raise ShardError(f"{what}: {len(data)} bytes are no safetensors file")
-    length = int.from_bytes(data[:8], "little")
-    if length > TENSOR_HEADER_MAX_BYTES or 8 + length > len(data):
-        raise ShardError(f"{what}: a safetensors header of {length} bytes is not accepted")
-    header = parse_json(data[8 : 8 + length], what, TENSOR_HEADER_MAX_BYTES)
-    if not isinstance(header, dict):
-        raise ShardError(f"{what}: the safetensors header is not an object")
-    base = 8 + length
+    header, base = _header(data, what, max_bytes)
     entries = {
         name: _entry(value, base, f"{what}, tensor {name!r}")
         for name, value in header.items()
@@ -96,6 +91,31 @@ def parse_tensor_header(data: bytes | bytearray | memoryview, what: str) -> dict
     if position != len(data):
         raise ShardError(f"{what}: {len(data) - position} bytes after the last tensor")
     return entries
+
+
+def tensor_metadata(
+    data: bytes | bytearray | memoryview, what: str, max_bytes: int = TENSOR_HEADER_MAX_BYTES
+) -> dict[str, str]:
+    """The texts of a safetensors header's `__metadata__`; none when it has none."""
+    metadata = _header(data, what, max_bytes)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or set(map(type, metadata.values())) - {str}:
+        raise ShardError(f"{what}: the safetensors metadata is not text by name")
+    return metadata
+
+
+def _header(
+    data: bytes | bytearray | memoryview, what: str, max_bytes: int
+) -> tuple[dict[str, Any], int]:
+    """A safetensors header, and where it ends."""
+    if len(data) < 8:
+        raise ShardError(f"{what}: {len(data)} bytes are no safetensors file")
+    length = int.from_bytes(data[:8], "little")
+    if length > max_bytes or 8 + length > len(data):
+        raise ShardError(f"{what}: a safetensors header of {length} bytes is not accepted")
+    header = parse_json(data[8 : 8 + length], what, max_bytes)
+    if not isinstance(header, dict):
+        raise ShardError(f"{what}: the safetensors header is not an object")
+    return header, 8 + length
 
 
 def _entry(value: Any, base: int, what: str) -> TensorEntry:

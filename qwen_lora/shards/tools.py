@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.manifest import load_manifest, read_sidecar
+from qwen_lora.shards.previews import read_prompts, read_rgb
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.safe import printable
 
@@ -18,11 +20,13 @@ _SHOWN = 12  # lines of a histogram
 def info(path: str | Path) -> dict[str, Any]:
     """Counts, buckets, tokens, bytes, fingerprints and makers of a set, as JSON values.
 
-    Reads the manifest and one sidecar. Raises InputError or ShardError as `load_manifest` does.
+    Reads the manifest, one sidecar and what previews need. Raises InputError or ShardError as
+    `load_manifest` does.
     """
     folder = Path(path)
     manifest, generation = load_manifest(folder)
     first = read_sidecar(folder, manifest.shards[0]) if manifest.shards else None
+    rgb = read_rgb(folder, manifest)
     return {
         "path": str(path),
         "generation": generation,
@@ -35,6 +39,8 @@ def info(path: str | Path) -> dict[str, Any]:
         "posterior": manifest.posterior,
         "latent_channels": manifest.latent_channels,
         "text_width": manifest.text_width,
+        "preview_prompts": read_prompts(folder, manifest),
+        "rgb_map": rgb and {"scale": rgb.scale, "mean_abs_error": rgb.mean_abs_error},
         "fingerprint": asdict(manifest.fingerprint)
         | {
             "hash": manifest.fingerprint.hash,
@@ -59,6 +65,7 @@ def format_info(facts: dict[str, Any]) -> str:
         f"fingerprint  {fingerprint['hash'][:12]} (VAE {fingerprint['vae_hash'][:12]}, text "
         f"{fingerprint['text_hash'][:12]})",
         f"tokens       {_token_line(histograms.get('tokens', {}))}",
+        f"previews     {_preview_line(facts)}",
         "made by      " + ", ".join(f"{k} {v}" for k, v in sorted(facts["made_by"].items())),
         "recipe       " + ", ".join(f"{k} {v}" for k, v in sorted(facts["recipe"].items())),
     ]
@@ -67,6 +74,19 @@ def format_info(facts: dict[str, Any]) -> str:
     if set(groups) - {""}:
         lines += _histogram("groups", groups)
     return "\n".join(map(printable, lines))
+
+
+def _preview_line(facts: dict[str, Any]) -> str:
+    rgb, prompts = facts["rgb_map"], facts["preview_prompts"]
+    line = "no latent-to-RGB map"
+    if rgb is not None:
+        line = (
+            f"latent-to-RGB map, {rgb['scale']} pixels a latent, mean error "
+            f"{rgb['mean_abs_error']:.3f}"
+        )
+    shown = [f'"{textwrap.shorten(prompt, 60)}"' for prompt in prompts[:3]]
+    shown += ["..."] if len(prompts) > len(shown) else []
+    return f"{line}; {len(prompts)} prompts" + (f": {', '.join(shown)}" if shown else "")
 
 
 def _token_line(tokens: dict[str, int]) -> str:

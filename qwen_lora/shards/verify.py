@@ -18,6 +18,7 @@ from qwen_lora.shards.manifest import (
     read_sidecar,
     summarize_rows,
 )
+from qwen_lora.shards.previews import read_prompts, read_rgb
 from qwen_lora.shards.record import (
     LATENT_NAMES,
     RecordShape,
@@ -116,6 +117,13 @@ def _verify_shard(
     return sidecar
 
 
+def _check_unconditional(folder: Path, manifest: Manifest) -> None:
+    entry = manifest.unconditional
+    data = read_listed(folder, entry)
+    shape = unconditional_shape(data, manifest.text_width, entry.name)
+    check_values(data, check_tensors(data, shape, entry.name), entry.name)
+
+
 def _verify_rest(
     folder: Path,
     manifest: Manifest,
@@ -124,14 +132,16 @@ def _verify_rest(
 ) -> None:
     for name in damaged_generations(folder):
         report.problems.append(f"{folder / name} is damaged: its content belongs to another name")
-    for entry in (manifest.unconditional, manifest.previews, manifest.rgb, manifest.retired):
+    for entry, check in (
+        (manifest.unconditional, _check_unconditional),
+        (manifest.previews, read_prompts),
+        (manifest.rgb, read_rgb),
+        (manifest.retired, read_retired),
+    ):
         if entry is not None:
             try:
-                data = read_listed(folder, entry)
-                report.bytes += len(data)
-                if entry is manifest.unconditional:
-                    shape = unconditional_shape(data, manifest.text_width, entry.name)
-                    check_values(data, check_tensors(data, shape, entry.name), entry.name)
+                check(folder, manifest)
+                report.bytes += entry.bytes
             except (ShardError, OSError) as error:
                 report.problems.append(str(error))
     seen: dict[str, str] = {}

@@ -27,6 +27,7 @@ from qwen_lora.shards.manifest import (
     read_sidecar,
     summarize_rows,
 )
+from qwen_lora.shards.previews import PreviewPrompt, RgbMap, encode_previews, encode_rgb
 from qwen_lora.shards.record import encode_meta, encode_record
 from qwen_lora.shards.safe import DTYPE_BYTES
 from qwen_lora.shards.sidecar import (
@@ -269,6 +270,16 @@ def write_unconditional(
     return write_listed(folder, "unconditional", data, ".safetensors")
 
 
+def write_previews(folder: Path, prompts: Sequence[PreviewPrompt]) -> FileEntry:
+    """Publish preview prompts with their embeddings, at least one."""
+    return write_listed(folder, "previews", encode_previews(prompts), ".safetensors")
+
+
+def write_rgb(folder: Path, rgb: RgbMap) -> FileEntry:
+    """Publish the linear map from latents to RGB."""
+    return write_listed(folder, "rgb", encode_rgb(rgb), ".json")
+
+
 def write_retired(folder: Path, sample_ids: Iterable[str]) -> FileEntry | None:
     """Publish the list of retired samples; None when it is empty."""
     names = sorted(set(sample_ids))
@@ -306,6 +317,8 @@ def build_manifest(
     unconditional: FileEntry,
     retired: FileEntry | None = None,
     previous: str | None = None,
+    previews: FileEntry | None = None,
+    rgb: FileEntry | None = None,
     on_shard: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """A manifest over published shards, in name order, with counts and histograms from sidecars."""
@@ -324,6 +337,8 @@ def build_manifest(
         histograms={},
         retired=retired,
         previous=previous,
+        previews=previews,
+        rgb=rgb,
     )
 
     def sidecars() -> Iterable[tuple[ShardEntry, Sidecar]]:

@@ -72,6 +72,8 @@ def use_everything(folder: Path) -> None:
     def read() -> None:
         with ShardSet.open(folder) as shards:
             shards.unconditional()
+            shards.rgb_map()
+            shards.preview_prompts()
             for row in range(len(shards)):
                 shards.read(row)
 
