@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+MAX_PROMPTS = 64  # of one setting
 Command = Literal["precompute", "train", "both"]
 Changes = Literal["shards", "result", "nothing"]
 
@@ -89,6 +90,22 @@ def _split_commas(value: Any) -> Any:
     return _as_list(value) if isinstance(value, str) and "," in value else value
 
 
+def _one_prompt(value: Any) -> Any:
+    """A text is one prompt, with its commas; several are a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def _clean_prompts(prompts: list[str]) -> list[str]:
+    """Stripped, each once, in their order."""
+    stripped = [prompt.strip() for prompt in prompts]
+    if "" in stripped:
+        raise ValueError(f"entry {stripped.index('') + 1} is empty; take it out, or write a prompt")
+    unique = list(dict.fromkeys(stripped))
+    if len(unique) > MAX_PROMPTS:
+        raise ValueError(f"{len(unique)} prompts are more than {MAX_PROMPTS}; leave some out")
+    return unique
+
+
 def _typed_leaves(value: Any) -> Any:
     """Arguments of unknown type: numbers, true and false are read as such, the rest is text."""
     if isinstance(value, dict):
@@ -113,3 +130,4 @@ ListOf = BeforeValidator(_as_list)
 ListOrNone = BeforeValidator(_none_is_empty)
 SplitCommas = BeforeValidator(_split_commas)
 TypedLeaves = BeforeValidator(_typed_leaves)
+Prompts = Annotated[list[str], BeforeValidator(_one_prompt), AfterValidator(_clean_prompts)]

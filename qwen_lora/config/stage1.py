@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwen_lora.config.field import Section, setting
+from qwen_lora.config.field import Prompts, Section, setting
 
 
 class PrecomputeSettings(Section):
@@ -98,4 +98,11 @@ class PrecomputeSettings(Section):
         "Store relative file names in the shards (--no-source-names leaves them out).",
         command="precompute",
         changes="shards",
+    )
+    preview_prompts: Prompts = setting(
+        [],
+        "Prompts that training draws previews of; their embeddings go into the shard set. A list, "
+        "or one prompt; empty: those that the set has stay.",
+        command="precompute",
+        changes="nothing",
     )

@@ -16,6 +16,7 @@ from qwen_lora.precompute.fingerprint import (
     chosen_facts,
     make_recipe,
 )
+from qwen_lora.precompute.previews import plan_prompts, preview_lines
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.report import (
     Outcome,
@@ -72,6 +73,9 @@ def preview(settings: Settings) -> PrecomputeSummary:
     _print_bad_files(outcome)
     print(f"{len(missing)} samples to encode in {len(shards)} shards, by height x width:")
     for line in planning.bucket_lines(shards):
+        print(line)
+    prompts = plan_prompts(settings, model, existing)
+    for line in preview_lines(settings, prompts, existing, wanted):
         print(line)
     needed = planning.needed_bytes(shards, sequential=False)
     free = free_space(folder)

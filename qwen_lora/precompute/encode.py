@@ -7,6 +7,7 @@ encoder sees together belongs to one shard, so a record's bytes depend on its sh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,12 +24,14 @@ from qwen_lora.precompute.encoders import Encoders
 from qwen_lora.precompute.fingerprint import LATENT_DTYPE
 from qwen_lora.precompute.images import DecodeError, decode_image
 from qwen_lora.precompute.plan import record_meta
+from qwen_lora.precompute.previews import PromptPlan
 from qwen_lora.precompute.texts import (
     StoredText,
     Texts,
     TextStore,
     caption_batches,
     encode_captions,
+    encode_prompts,
 )
 from qwen_lora.precompute.types import Skip, WorkItem
 from qwen_lora.precompute.worklist import ShardPlan
@@ -39,6 +42,7 @@ from qwen_lora.shards.format import (
     Fingerprint,
     ShardEntry,
 )
+from qwen_lora.shards.previews import PreviewPrompt
 from qwen_lora.shards.writer import EncodedSample
 
 Failures = dict[str, Skip]  # by sample id
@@ -53,6 +57,7 @@ class Share:
     shards: tuple[ShardPlan, ...]
     known_failures: Mapping[str, Skip]
     unconditional: bool  # this rank also encodes the empty prompt, if anything else
+    prompts: PromptPlan  # of previews, likewise
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Encoded:
     sample_ids: list[str] = field(default_factory=list)
     failures: Failures = field(default_factory=dict)
     unconditional: StoredText | None = None
+    prompts: list[PreviewPrompt] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,16 +120,34 @@ def encode_unconditional(station: Station) -> StoredText:
     return StoredText(encoded.prompt_embeds.to(torch.bfloat16), encoded.prompt_mask)
 
 
+def encode_preview_prompts(prompts: PromptPlan, station: Station) -> list[PreviewPrompt]:
+    if not station.quiet:
+        print(f"encoding {len(prompts)} preview prompts", file=sys.stderr)
+    return encode_prompts(
+        station.encoders.text(),
+        prompts,
+        station.fingerprint.text_hash,
+        station.settings.text_batch_size,
+        station.check,
+    )
+
+
+def _encode_apart(share: Share, station: Station, done: Encoded) -> None:
+    """What belongs to no shard, while the text encoder is there."""
+    if share.unconditional and done.unconditional is None:
+        done.unconditional = encode_unconditional(station)
+    if share.prompts and done.prompts is None:
+        done.prompts = encode_preview_prompts(share.prompts, station)
+
+
 def _texts(
     shard: ShardPlan, share: Share, station: Station, store: TextStore, done: Encoded
 ) -> Texts:
     batches = caption_batches(shard, station.settings.text_batch_size)
     if station.encoders.placement != "together" and (stored := store.get(batches)) is not None:
         return stored
-    encoder = station.encoders.text()
-    if share.unconditional and done.unconditional is None:
-        done.unconditional = encode_unconditional(station)
-    return encode_captions(encoder, batches, station.check)
+    _encode_apart(share, station, done)
+    return encode_captions(station.encoders.text(), batches, station.check)
 
 
 def _encode_texts_first(share: Share, station: Station, store: TextStore, done: Encoded) -> None:
@@ -132,8 +156,7 @@ def _encode_texts_first(share: Share, station: Station, store: TextStore, done: 
     with Progress("encoding captions", len(shards), "shards", quiet=station.quiet) as bar:
         for shard in shards:
             batches = caption_batches(shard, station.settings.text_batch_size)
-            if share.unconditional and done.unconditional is None:
-                done.unconditional = encode_unconditional(station)
+            _encode_apart(share, station, done)
             if store.get(batches) is None:
                 store.put(batches, encode_captions(station.encoders.text(), batches, station.check))
             bar.update()

@@ -11,6 +11,7 @@ from qwen_lora.errors import ShardError
 from qwen_lora.precompute.worklist import Wanted
 from qwen_lora.shards.format import Fingerprint, Manifest, ShardEntry
 from qwen_lora.shards.manifest import MANIFEST, load_manifest, read_retired, read_sidecar
+from qwen_lora.shards.previews import read_prompts
 from qwen_lora.shards.writer import adoptable_shards
 
 
@@ -47,6 +48,10 @@ class ExistingSet:
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
         return () if self.manifest is None else self.manifest.shards
+
+    def preview_prompts(self) -> list[str]:
+        """Raises ShardError when their file is damaged."""
+        return [] if self.manifest is None else read_prompts(self.folder, self.manifest)
 
     def unlisted(self, fingerprint: Fingerprint) -> list[tuple[ShardEntry, list[str]]]:
         """Whole shards that a stopped run left, with their sample ids."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.models import ModelFolder
 from qwen_lora.precompute import plan as planning
-from qwen_lora.precompute.encode import Encoded, Station, encode_unconditional
+from qwen_lora.precompute.encode import (
+    Encoded,
+    Station,
+    encode_preview_prompts,
+    encode_unconditional,
+)
 from qwen_lora.precompute.encoders import encoding_mode, pick_device, placement_on
 from qwen_lora.precompute.existing import ExistingSet
 from qwen_lora.precompute.fingerprint import (
@@ -18,6 +24,7 @@ from qwen_lora.precompute.fingerprint import (
     make_recipe,
 )
 from qwen_lora.precompute.order import Order
+from qwen_lora.precompute.previews import PromptPlan, plan_prompts
 from qwen_lora.precompute.remembered import RememberedFailures, RememberedSources
 from qwen_lora.precompute.report import (
     Outcome,
@@ -26,15 +33,19 @@ from qwen_lora.precompute.report import (
     summarize,
     write_report,
 )
+from qwen_lora.precompute.rgb_map import fit_rgb_map
 from qwen_lora.precompute.texts import TextStore
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import Adoption, Wanted, adopt
 from qwen_lora.precompute.write import check_space, free_space
-from qwen_lora.shards.format import FileEntry
+from qwen_lora.shards.format import FileEntry, Manifest
+from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.writer import (
     build_manifest,
     publish_manifest,
+    write_previews,
     write_retired,
+    write_rgb,
     write_unconditional,
 )
 
@@ -46,6 +57,7 @@ class Lead:
     images: planning.Images
     wanted: Wanted
     adoption: Adoption
+    prompts: PromptPlan
 
     def __init__(self, settings: Settings, model: ModelFolder, local: Path) -> None:
         self.settings, self.model, self.local = settings, model, local
@@ -73,6 +85,7 @@ class Lead:
         sources.save()
         self.wanted = planning.name_samples(self.images, self.fingerprint)
         planning.tell_moved(self.existing.moved(self.wanted))
+        self.prompts = plan_prompts(self.settings, self.model, self.existing)
         missing = planning.missing_samples(self.wanted, self.existing.sources)
         planned = planning.plan_shards(missing, self.model, self.settings)
         self.adoption = adopt(planned, self.existing.unlisted(self.fingerprint) if planned else [])
@@ -86,6 +99,7 @@ class Lead:
             fingerprint=self.fingerprint,
             made_by=made_by(self.settings, device.type),
             unconditional=self.existing.manifest is None,
+            prompts=self.prompts,
         )
 
     def _known_failures(self) -> dict[str, Skip]:
@@ -121,10 +135,15 @@ class Lead:
         new = [*self.adoption.entries, *done.entries]
         if old is None and not new:
             return None
-        if old is not None:
-            same_recipe = old.recipe == self.recipe
-            if not new and same_recipe and retired == self.existing.retired:
-                return self.existing.manifest_name
+        previews = self._previews(done, station)
+        unchanged = (
+            old is not None
+            and not new
+            and (old.recipe, self.existing.retired) == (self.recipe, retired)
+            and previews == old.previews
+        )
+        if unchanged and old is not None and old.rgb is not None:
+            return self.existing.manifest_name
         manifest = build_manifest(
             self.folder,
             shards=[*self.existing.shards, *new],
@@ -138,7 +157,13 @@ class Lead:
             unconditional=old.unconditional if old else self._unconditional(done, station),
             retired=write_retired(self.folder, retired),
             previous=self.existing.manifest_name,
+            previews=previews,
+            rgb=old.rgb if old else None,
         )
+        if manifest.rgb is None:
+            manifest = replace(manifest, rgb=self._fit_rgb_map(manifest))
+            if unchanged and manifest.rgb is None:
+                return self.existing.manifest_name
         return publish_manifest(self.folder, manifest)
 
     def _unconditional(self, done: Encoded, station: Station) -> FileEntry:
@@ -147,6 +172,22 @@ class Lead:
             with encoding_mode(self.settings.encode_threads):
                 text = encode_unconditional(station)
         return write_unconditional(self.folder, text.prompt_embeds, text.prompt_mask)
+
+    def _previews(self, done: Encoded, station: Station) -> FileEntry | None:
+        """The preview prompts of this run, or those that the set has."""
+        if not self.prompts:
+            return self.existing.manifest.previews if self.existing.manifest else None
+        prompts = done.prompts
+        if prompts is None:  # this rank had no caption to encode
+            with encoding_mode(self.settings.encode_threads):
+                prompts = encode_preview_prompts(self.prompts, station)
+        return write_previews(self.folder, prompts)
+
+    def _fit_rgb_map(self, manifest: Manifest) -> FileEntry | None:
+        """Fitted once, to the set's first images; None when none of them can be decoded."""
+        with ShardSet.of_manifest(self.folder, manifest, "the new generation") as shards:
+            rgb = fit_rgb_map(shards, self.wanted.samples, self.settings)
+        return write_rgb(self.folder, rgb) if rgb else None
 
     def _outcome(self, done: Encoded, made: set[str]) -> Outcome:
         outcome = sort_files(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qwen_lora.precompute.previews import PromptPlan
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import ShardPlan, item_from_json, item_to_json
 from qwen_lora.shards.format import FileEntry, Fingerprint, ShardEntry
@@ -20,6 +21,7 @@ class Order:
     fingerprint: Fingerprint
     made_by: Mapping[str, Any]
     unconditional: bool  # the set has no unconditional embedding yet: rank 0 makes it
+    prompts: PromptPlan  # previews' prompts that the set lacks: rank 0 encodes them
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -28,6 +30,7 @@ class Order:
             "fingerprint": asdict(self.fingerprint),
             "made_by": dict(self.made_by),
             "unconditional": self.unconditional,
+            "prompts": [list(prompt) for prompt in self.prompts],
         }
 
     @classmethod
@@ -40,6 +43,7 @@ class Order:
             fingerprint=Fingerprint(**facts["fingerprint"]),
             made_by=facts["made_by"],
             unconditional=facts["unconditional"],
+            prompts=tuple((prompt, tokens) for prompt, tokens in facts["prompts"]),
         )
 
 

@@ -132,6 +132,7 @@ def _encode(
         shards=order.shards[world.rank :: world.size],
         known_failures=order.known_failures,
         unconditional=order.unconditional and world.first,
+        prompts=order.prompts if world.first else (),
     )
     if not share.shards:
         return Encoded(), station
@@ -152,10 +153,10 @@ def _answer(done: Encoded) -> dict[str, Any]:
 
 
 def _join(done: Encoded, answers: list[dict[str, Any]]) -> Encoded:
-    """All ranks' work as one; the unconditional embedding is rank 0's own."""
+    """All ranks' work as one; what belongs to no shard is rank 0's own."""
     from qwen_lora.precompute.encode import Encoded
 
-    joined = Encoded(unconditional=done.unconditional)
+    joined = Encoded(unconditional=done.unconditional, prompts=done.prompts)
     for answer in answers:
         joined.entries += [entry_from_json(entry) for entry in answer["entries"]]
         joined.sample_ids += answer["sample_ids"]

@@ -16,8 +16,11 @@ from qwen_lora.families.base import PromptEncoder
 from qwen_lora.hashing import hash_json
 from qwen_lora.posix import write_atomic
 from qwen_lora.precompute.fingerprint import EMBEDS_DTYPE
+from qwen_lora.precompute.previews import PromptPlan
 from qwen_lora.precompute.types import WorkItem
 from qwen_lora.precompute.worklist import encoded_captions
+from qwen_lora.shards.format import text_id
+from qwen_lora.shards.previews import PreviewPrompt
 
 TEMPORARY_PREFIX = "texts-"
 
@@ -58,7 +61,11 @@ def caption_batches(items: Iterable[WorkItem], batch_size: int) -> list[list[Cap
             strict=True,
         )
     }
-    ordered = sorted(unique.values(), key=lambda caption: (caption.tokens, caption.text_id))
+    return cut_batches(unique.values(), batch_size)
+
+
+def cut_batches(captions: Iterable[Caption], batch_size: int) -> list[list[Caption]]:
+    ordered = sorted(captions, key=lambda caption: (caption.tokens, caption.text_id))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
@@ -86,6 +93,33 @@ def encode_captions(
                 result.prompt_mask.contiguous(),
             )
     return texts
+
+
+def encode_prompts(
+    encoder: PromptEncoder,
+    prompts: PromptPlan,
+    text_fingerprint: str,
+    batch_size: int,
+    between: Callable[[], None] = lambda: None,
+) -> list[PreviewPrompt]:
+    """Preview prompts, in their order; encoded as captions are, in batches of their own.
+
+    Raises QwenLoraError for an embedding that is not finite.
+    """
+    captions = [Caption(text_id(text, text_fingerprint), text, count) for text, count in prompts]
+    texts = encode_captions(encoder, cut_batches(captions, batch_size), between)
+    for caption in captions:
+        if not texts[caption.text_id].finite():
+            raise QwenLoraError(
+                f"the embedding of the preview prompt {caption.text[:40]!r} is not finite; take it "
+                "out of preview_prompts"
+            )
+    return [
+        PreviewPrompt(
+            caption.text, texts[caption.text_id].prompt_embeds, texts[caption.text_id].prompt_mask
+        )
+        for caption in captions
+    ]
 
 
 class TextStore:

@@ -97,10 +97,10 @@ def encode_rgb(rgb: RgbMap) -> bytes:
     return data
 
 
-def round_digits(values: Any) -> NDArray[np.float64]:
-    """`values`, any shape, to RGB_DIGITS significant decimal digits; -0 becomes 0."""
+def round_digits(values: Any, digits: int = RGB_DIGITS) -> NDArray[np.float64]:
+    """`values`, any shape, to so many significant decimal digits; -0 becomes 0."""
     exact = np.asarray(values, np.float64)
-    rounded = [float(f"{value:.{RGB_DIGITS - 1}e}") + 0.0 for value in exact.ravel().tolist()]
+    rounded = [float(f"{value:.{digits - 1}e}") + 0.0 for value in exact.ravel().tolist()]
     return np.array(rounded, np.float64).reshape(exact.shape)
 
 

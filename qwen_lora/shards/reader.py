@@ -68,7 +68,11 @@ class ShardSet:
         when a file of it is missing or not what the manifest says.
         """
         folder = Path(path)
-        manifest, name = load_manifest(folder, generation or MANIFEST)
+        return cls.of_manifest(folder, *load_manifest(folder, generation or MANIFEST))
+
+    @classmethod
+    def of_manifest(cls, folder: Path, manifest: Manifest, generation: str) -> ShardSet:
+        """Open what a manifest lists; it may be one that is yet to be published."""
         parts = []
         for index, entry in enumerate(manifest.shards):
             check_length(folder / entry.tar.name, entry.tar.bytes)
@@ -84,7 +88,7 @@ class ShardSet:
                 f"{folder}: sample {table.sample_id[twins[0]]} stands in {first} and in {second}; "
                 "copy the set again from its source"
             )
-        return cls(folder, manifest, name, table)
+        return cls(folder, manifest, generation, table)
 
     def __len__(self) -> int:
         return len(self.table)
