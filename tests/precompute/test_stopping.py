@@ -1,5 +1,6 @@
 """Runs that are stopped in the middle, or shared by two processes, end with the same bytes."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from qwen_lora.precompute.run import precompute
 from qwen_lora.shards import writer
 
 ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red fox, sitting", "blue"]
 KILL_AT_THE_THIRD_SHARD = """
 import os, signal, sys
 from qwen_lora.cli import main
@@ -39,7 +41,7 @@ def command(settings: Settings) -> list[str]:
     line += ["--model", settings.pretrained_model_name_or_path, "--resolution", "96"]
     for name in facts:
         line += ["--set", f"{name}={getattr(settings, name)}"]
-    return line
+    return [*line, "--set", f"preview_prompts={json.dumps(settings.preview_prompts)}"]
 
 
 def environment() -> dict[str, str]:
@@ -49,14 +51,20 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def settings(make_settings, tmp_path) -> Settings:
-    return make_settings(shards_dir=tmp_path / "broken", shard_max_samples=2)
+    return make_settings(
+        shards_dir=tmp_path / "broken", shard_max_samples=2, preview_prompts=PROMPTS
+    )
 
 
 @pytest.fixture
 def unbroken(make_settings, tmp_path, published) -> dict[str, bytes]:
-    settings = make_settings(shards_dir=tmp_path / "unbroken", shard_max_samples=2)
+    settings = make_settings(
+        shards_dir=tmp_path / "unbroken", shard_max_samples=2, preview_prompts=PROMPTS
+    )
     precompute(settings)
-    return published(settings.shards_dir)
+    files = published(settings.shards_dir)
+    assert {"rgb", "previews", "unconditional"} <= {name.split("-")[0] for name in files}
+    return files
 
 
 def test_kill_9_costs_the_shard_in_progress_and_no_byte(settings, unbroken, published):
@@ -116,7 +124,10 @@ def test_a_full_disk_is_one_clear_error_and_the_rest_follows(
     make_settings, tmp_path, unbroken, placement, published
 ):
     settings = make_settings(
-        shards_dir=tmp_path / "broken", shard_max_samples=2, encoder_placement=placement
+        shards_dir=tmp_path / "broken",
+        shard_max_samples=2,
+        encoder_placement=placement,
+        preview_prompts=PROMPTS,
     )
     with pytest.MonkeyPatch.context() as patch:
         fail_at_the_third(patch, OSError(28, "No space left on device"))
