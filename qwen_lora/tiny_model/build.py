@@ -93,7 +93,11 @@ def make_transformer() -> Any:
     return transformer
 
 
-def make_text_encoder(tokenizer: Any) -> Any:
+def make_text_encoder(
+    tokenizer: Any, width: int = TEXT_WIDTH, spread: float = 0.1, tied: bool = False
+) -> Any:
+    """spread: of the random weights, wider than the usual 0.02 so that two layers mix visibly;
+    tied: the unused output layer shares the embeddings and takes no room in the file."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     def token(text: str) -> int:
@@ -102,8 +106,8 @@ def make_text_encoder(tokenizer: Any) -> Any:
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": TEXT_WIDTH,
-            "intermediate_size": 2 * TEXT_WIDTH,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -112,21 +116,21 @@ def make_text_encoder(tokenizer: Any) -> Any:
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
-                "mrope_section": [2, 3, 3],
+                "mrope_section": [width // 32, 3 * width // 64, 3 * width // 64],
             },
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
-            # Wider than the usual 0.02, so that two layers mix their context visibly.
-            "initializer_range": 0.1,
+            "initializer_range": spread,
         },
         vision_config={
             "depth": 1,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": TEXT_WIDTH,
+            "out_hidden_size": width,
             "fullatt_block_indexes": [0],
         },
+        tie_word_embeddings=tied,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),

@@ -8,6 +8,7 @@ template are one token each, as in the real vocabulary, and its prefix has the r
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 # Every word of Qwen-Image's prompt template. Without a leading space: those that open a line.
@@ -63,11 +64,11 @@ def byte_symbols() -> list[str]:
     return [table[byte] if byte in table else chr(next(spare)) for byte in range(256)]
 
 
-def _training_words() -> list[str]:
+def _training_words(caption_words: Sequence[str], openers: Sequence[str]) -> list[str]:
     """Pre-tokenised words in byte symbols; unique, in a fixed order."""
     symbols = byte_symbols()
-    text = [*_TEMPLATE_OPENERS.split(), *_WORDS_OPENING.split(), "\n\n"]
-    text += [f" {word}" for word in f"{_TEMPLATE_WORDS} {_CAPTION_WORDS}".split()]
+    text = [*_TEMPLATE_OPENERS.split(), *openers, "\n\n"]
+    text += [f" {word}" for word in [*_TEMPLATE_WORDS.split(), *caption_words]]
     unique = dict.fromkeys(text)
     return ["".join(symbols[byte] for byte in word.encode()) for word in unique]
 
@@ -98,11 +99,15 @@ def _merge(sequence: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def make_tokenizer() -> Any:
-    """A `Qwen2Tokenizer` of 1,000 tokens."""
+def make_tokenizer(
+    caption_words: Sequence[str] = tuple(_CAPTION_WORDS.split()),
+    openers: Sequence[str] = tuple(_WORDS_OPENING.split()),
+) -> Any:
+    """A `Qwen2Tokenizer` with a token for each of `caption_words` after a space and each of
+    `openers` at the start. By default: common words, 1,000 tokens in all."""
     from transformers import AddedToken, Qwen2Tokenizer
 
-    merges = train_merges(_training_words())
+    merges = train_merges(_training_words(caption_words, openers))
     entries = dict.fromkeys([*sorted(byte_symbols()), *(left + right for left, right in merges)])
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(entries)},

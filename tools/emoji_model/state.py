@@ -1,0 +1,84 @@
+"""A stage's progress on disk: one safetensors file, whole or absent, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qwen_lora.train.optimizer_state import pack_optimizer, unpack_optimizer
+
+
+def named(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(module.named_parameters())
+
+
+def save_state(
+    path: Path,
+    step: int,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """averages: moving averages of the parameters, by parameter name."""
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack_optimizer(optimizer, named(module), tensors)
+    tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+    for name, parameter in named(module):
+        tensors[f"module/{name}"] = parameter.detach().contiguous()
+    for name, average in (averages or {}).items():
+        tensors[f"average/{name}"] = average
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    metadata = {"step": str(step), "optimizer": json.dumps(packed)}
+    save_file(tensors, aside, metadata=metadata)
+    os.replace(aside, path)
+
+
+def load_state(
+    path: Path,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, torch.Tensor] | None = None,
+) -> int:
+    """Returns the number of steps done; 0 when there is no file."""
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with torch.no_grad():
+        for name, parameter in named(module):
+            parameter.copy_(tensors[f"module/{name}"])
+        for name, average in (averages or {}).items():
+            average.copy_(tensors[f"average/{name}"])
+    saved = {k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("opt")}
+    unpack_optimizer(optimizer, named(module), json.loads(metadata["optimizer"]), saved)
+    return int(metadata["step"])
+
+
+class Log:
+    """One JSON line every now and then; a rerun drops lines past the step that it starts from."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = read_log(path)
+        self._file = path.open("w", encoding="utf-8")
+        for line in lines:
+            if line["step"] <= first_step:
+                self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
