@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,21 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def new_folder_mode() -> int:
+    """What mkdir would give a folder; mkdtemp's are private."""
+    return 0o777 & ~_UMASK
+
+
+def peak_rss_gib() -> float | None:
+    """The most memory that this process has had at once, in GiB; None where nobody can say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
 
 
 def publish_file(temporary: Path, final: Path) -> None:

@@ -44,6 +44,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
+    def say(self, text: str) -> None:
+        """What is going on between two units of work."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=True)
+        elif not self._quiet:
+            print(f"{self.phase}: {text}", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

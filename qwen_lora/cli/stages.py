@@ -86,6 +86,10 @@ Processes = Annotated[
     int | None,
     typer.Option("--num-processes", metavar="N", min=1, help="Devices to train on. [default: 1]"),
 ]
+PreviewVae = Annotated[
+    bool,
+    typer.Option("--preview-vae", help="Exact previews: load the VAE's decoder for them."),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard the run's checkpoints and begin again.")
 ]
@@ -139,6 +143,7 @@ def train(
     rank: Rank = None,
     seed: Seed = None,
     num_processes: Processes = None,
+    preview_vae: PreviewVae = False,
     restart: Restart = False,
     set_options: SetOptions = None,
 ) -> None:
@@ -162,6 +167,7 @@ def train(
             "rank": rank,
             "seed": seed,
             "num_processes": num_processes,
+            "preview_vae": preview_vae or None,
         },
     )
     if settings.num_processes > 1 and not _is_child():

@@ -45,6 +45,22 @@ NO_EFFECT = (
     ),
     *(
         NoEffect(
+            "train",
+            key,
+            "preview_steps",
+            lambda steps: steps is None or steps > 0,
+            "preview_steps empty or above 0",
+        )
+        for key in (
+            "preview_inference_steps",
+            "preview_guidance",
+            "preview_seed",
+            "preview_size",
+            "preview_vae",
+        )
+    ),
+    *(
+        NoEffect(
             "precompute",
             f"{SECTION}.{key}",
             f"{SECTION}.square",

@@ -228,6 +228,45 @@ class TrainSettings(Section):
     validation_max_images: int = setting(
         64, "Most images one validation looks at.", command="train", changes="nothing", ge=1
     )
+    preview_steps: int | None = setting(
+        None,
+        "Steps between previews; empty: checkpointing_steps if the shards hold preview prompts, "
+        "otherwise none; 0: never.",
+        command="train",
+        changes="nothing",
+        ge=0,
+    )
+    preview_inference_steps: int = setting(
+        20, "Sampling steps of a preview.", command="train", changes="nothing", ge=2
+    )
+    preview_guidance: float = setting(
+        4.0,
+        "True classifier-free guidance of previews; up to 1: none, at half the time.",
+        command="train",
+        changes="nothing",
+        ge=0,
+    )
+    preview_seed: int = setting(
+        0,
+        "Noise of the previews, as `qwen-lora sample --seed` draws it.",
+        command="train",
+        changes="nothing",
+        ge=0,
+        lt=2**63,
+    )
+    preview_size: Annotated[list[int] | None, ListOf] = setting(
+        None,
+        "[height, width] of previews in pixels; empty: the most frequent bucket.",
+        command="train",
+        changes="nothing",
+    )
+    preview_vae: bool = setting(
+        False,
+        "Decode previews with the model's VAE instead of the shards' linear map; asks for previews "
+        "by itself.",
+        command="train",
+        changes="nothing",
+    )
     logging_steps: int = setting(
         10, "Steps between lines of metrics.jsonl.", command="train", changes="nothing", ge=1
     )
@@ -253,6 +292,13 @@ class TrainSettings(Section):
         if value in OPTIMIZERS or "." in value.strip("."):
             return value
         raise ValueError(f"must be {', '.join(OPTIMIZERS)} or module.Class, not {value!r}")
+
+    @field_validator("preview_size")
+    @classmethod
+    def _height_and_width(cls, value: list[int] | None) -> list[int] | None:
+        if value is None or (len(value) == 2 and min(value) > 0):
+            return value
+        raise ValueError("must be [height, width] in pixels")
 
     @field_validator("lora_targets")
     @classmethod

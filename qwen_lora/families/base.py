@@ -64,6 +64,13 @@ class LatentEncoder(Protocol):
         ...
 
 
+class LatentDecoder(Protocol):
+    def decode(self, latents: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Latents of one image, [1, C, h, w] float32 as in the records, to [1, 3, H, W] float32 in
+        [-1, 1] on the CPU. The weights are on `device` only meanwhile, otherwise on the CPU."""
+        ...
+
+
 class Family(Protocol):
     """One architecture's answers. Stage 1 uses the encoders, stage 2 the transformer alone."""
 
@@ -152,6 +159,23 @@ class Family(Protocol):
         self, scheduler_config: Mapping[str, Any], latent_size: tuple[int, int]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The scheduler's own shift for one latent size [h, w], as a function on sigmas."""
+        ...
+
+    def inference_sigmas(
+        self, scheduler_config: Mapping[str, Any], latent_size: tuple[int, int], steps: int
+    ) -> torch.Tensor:
+        """The noise levels that the pipeline samples at, [steps + 1] float32: from about 1 down,
+        the last one is 0. steps: at least 2."""
+        ...
+
+    def guided_velocity(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Classifier-free guidance as the pipeline does it; all [B, C, h, w] float32."""
+        ...
+
+    def load_latent_decoder(self, model: ModelFolder, *, dtype: torch.dtype) -> LatentDecoder:
+        """The VAE's decoder, on the CPU. Only exact previews ask for it."""
         ...
 
     def image_tokens(self, latent_size: tuple[int, int]) -> int:

@@ -25,6 +25,7 @@ from qwen_lora.train.lr_schedule import make_lr_scheduler
 from qwen_lora.train.optimizer import make_optimizer
 from qwen_lora.train.optimizer_state import check_round_trip, pack_optimizer, unpack_optimizer
 from qwen_lora.train.plan import BatchRule, PlanTable, plan_id
+from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.resume import result_settings, share_of_step
 from qwen_lora.train.sources import Sources, model_name
@@ -71,9 +72,10 @@ def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) 
     """Rank 0 downloads what is missing; nobody loads a weight before the transformer's config is
     known to fit the shards."""
     name = model_name(settings, manifests)
+    components = (*COMPONENTS, "vae") if wants_vae(settings) else COMPONENTS
     if ranks.world > 1:
-        ranks.on_main(lambda: resolve_model(name, COMPONENTS).model_id)
-    model = ranks.everywhere(lambda: resolve_model(name, COMPONENTS))
+        ranks.on_main(lambda: resolve_model(name, components).model_id)
+    model = ranks.everywhere(lambda: resolve_model(name, components))
     check_transformer(model, manifests)
     return model
 

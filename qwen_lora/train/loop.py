@@ -1,5 +1,6 @@
 # ruff: noqa: TID253
-"""The training loop: steps, and once in a while a line of metrics, a measurement, a checkpoint."""
+"""The training loop: steps, and once in a while a line of metrics, a measurement, a checkpoint,
+previews and the report."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import Stopped
+from qwen_lora.posix import peak_rss_gib
 from qwen_lora.progress import Progress
 from qwen_lora.train.checkpoint import TrainState
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.metrics import MetricsFile
+from qwen_lora.train.previews import Previews
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.signals import StopRequest
 from qwen_lora.train.step import MicroStep, Stepper, StepResult
@@ -39,9 +42,14 @@ class Work:
     last_of_epoch: bool
 
 
+def _no_report(state: TrainState, status: str) -> None:
+    pass
+
+
 @dataclass
 class LoopParts:
-    """What the loop works with; `save` publishes a checkpoint of a state on all ranks together."""
+    """What the loop works with; `save` publishes a checkpoint of a state on all ranks together.
+    `report` is told after that, with a word for what the run is doing."""
 
     settings: Settings
     ranks: Ranks
@@ -51,6 +59,8 @@ class LoopParts:
     metrics: MetricsFile
     trackers: Trackers
     save: Callable[[TrainState], None]
+    previews: Previews | None = None
+    report: Callable[[TrainState, str], None] = _no_report
 
 
 def upcoming(parts: LoopParts, state: TrainState) -> Generator[Work]:
@@ -80,7 +90,7 @@ class Loop:
         self.parts, self.settings, self.ranks = parts, parts.settings, parts.ranks
         self.state = state
         self._saved_step = state.step
-        self._timed_steps, self._timed_samples, self._timed_s = 0, 0, 0.0
+        self._timed_steps, self._timed_samples, self._timed_s, self._waited_s = 0, 0, 0.0, 0.0
 
     def run(self) -> TrainState:
         """Raises Stopped after saving when a stop signal came on any rank."""
@@ -91,6 +101,7 @@ class Loop:
         work = upcoming(self.parts, self.state)
         with StopRequest() as stop, bar, closing(work):
             self._measure(stop)
+            self._preview(stop, bar)
             while self.state.step < last:
                 started = time.monotonic()
                 current = self._agree_on_next(work, stop)
@@ -103,20 +114,26 @@ class Loop:
                 bar.update()
                 self._log(result, lr)
                 self._measure(stop)
-                self._save_when_due()
+                saved = self._save_when_due()
+                self._preview(stop, bar)  # after saving: drawing may take minutes
+                if saved and self.state.step < last:
+                    self.parts.report(self.state, "running")
         return self.state
 
     def _agree_on_next(self, work: Generator[Work], stop: StopRequest) -> Work:
         """The next step's work, unless a rank was asked to stop or could not read its records."""
         current, failure = None, None
+        started = time.monotonic()
         try:
             current = next(work)
         except Exception as error:
             failure = error
+        self._waited_s += time.monotonic() - started
         signum = self.ranks.agree(failure, stop.signum)
         if signum:
             if self._saved_step != self.state.step or self.state.step == 0:
                 self.parts.save(self.state)
+            self.parts.report(self.state, "stopped")
             raise Stopped(
                 signum,
                 f"stopped at step {self.state.step}, saved; run the same command to continue",
@@ -162,6 +179,7 @@ class Loop:
             "grad_norm": result.grad_norm,
             "step_seconds": round(self._timed_s / self._timed_steps, 6),
             "samples_per_s": round(self._timed_samples / self._timed_s, 4),
+            "data_wait_seconds": round(self._waited_s / self._timed_steps, 6),
             "samples": state.samples,
         }
         if self.parts.stepper.scaler.is_enabled():
@@ -169,9 +187,11 @@ class Loop:
         if self.ranks.device.type == "cuda":  # a counter on the host, no wait for the device
             peak = torch.cuda.max_memory_allocated(self.ranks.device)
             row["peak_memory_gib"] = round(peak / 2**30, 3)
+        if (rss := peak_rss_gib()) is not None:
+            row["peak_rss_gib"] = round(rss, 3)
         self._write(row)
         self.state = replace(state, interval_losses=())
-        self._timed_steps, self._timed_samples, self._timed_s = 0, 0, 0.0
+        self._timed_steps, self._timed_samples, self._timed_s, self._waited_s = 0, 0, 0.0, 0.0
 
     def _measure(self, stop: StopRequest) -> None:
         """At step 0, each `validation_steps` and at the end; not twice at one step."""
@@ -192,15 +212,30 @@ class Loop:
                     file=sys.stderr,
                 )
 
+    def _preview(self, stop: StopRequest, bar: Progress) -> None:
+        """At step 0, each so many steps and at the end; not twice at one step."""
+        previews, step = self.parts.previews, self.state.step
+        if previews is None or not previews.plan.due(step, self.settings.max_train_steps):
+            return
+        if self.ranks.on_main(lambda: step in previews.files.steps()):
+            return
+        if not stop.signum:
+            bar.say(f"drawing {len(previews.plan.prompts)} previews at step {step}")
+        pictures = previews.run(step, lambda: stop.signum)
+        if pictures:
+            self.parts.trackers.log_images(pictures, step)
+
     def _write(self, row: dict[str, Any]) -> None:
         self.ranks.on_main(lambda: self.parts.metrics.write(row))  # a full disk ends every rank
         self.parts.trackers.log(row, step=row["step"])
 
-    def _save_when_due(self) -> None:
+    def _save_when_due(self) -> bool:
         step = self.state.step
-        if step % self.settings.checkpointing_steps == 0 or step == self.settings.max_train_steps:
+        due = step % self.settings.checkpointing_steps == 0 or step == self.settings.max_train_steps
+        if due:
             self.parts.save(self.state)
             self._saved_step = step
+        return due
 
 
 def _json_numbers(values: dict[str, float]) -> dict[str, float | None]:

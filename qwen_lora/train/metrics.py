@@ -1,8 +1,9 @@
 """RUN/metrics.jsonl: one JSON object a line, by step. A resumed run continues it without repeats.
 
 Training lines: step, epoch, loss (mean over the interval), smoothed_loss, learning_rate, grad_norm,
-step_seconds, samples_per_s, samples. Measurement lines: step, epoch and validation_loss (held-out
-images) or fixed_train_loss (training images), with the same by sigma.
+step_seconds, samples_per_s, data_wait_seconds (of a step, for its records), samples, peak_rss_gib
+(of rank 0) and on a GPU peak_memory_gib. Measurement lines: step, epoch and validation_loss
+(held-out images) or fixed_train_loss (training images), with the same by sigma.
 """
 
 from __future__ import annotations

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import QwenLoraError
 from qwen_lora.train.run_folder import RunFolder, TrainResult, find_checkpoint, open_run
 
 if TYPE_CHECKING:
+    from qwen_lora.models import ModelFolder
     from qwen_lora.train.assemble import DataPlan, Trainable
     from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
+    from qwen_lora.train.preview_plan import PreviewPlan
     from qwen_lora.train.ranks import Ranks
+    from qwen_lora.train.sources import Sources
 
 __all__ = ["TrainResult", "train"]
 
@@ -29,6 +33,7 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
     after SIGTERM or SIGINT, when the state is saved.
     """
     from qwen_lora.train import assemble
+    from qwen_lora.train.preview_plan import settle_previews
     from qwen_lora.train.ranks import start_ranks
     from qwen_lora.train.resume import check_resume
     from qwen_lora.train.sources import open_sources
@@ -52,11 +57,12 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
                     check_resume(run.path, found.facts, facts, settings, found.state.step)
                     if done := _already_done(ranks, run, found, settings):
                         return done
+                drawn = settle_previews(ranks, settings, sources, plan, model.family)
                 ranks.on_main(lambda: run.write_settings(settings))
                 trainable = assemble.build_trainable(ranks, settings, model, found)
-                loaders = assemble.build_loaders(ranks, settings, sources, model, plan, trainable)
-                state = _loop(ranks, run, settings, plan, facts, trainable, loaders, found)
-                _export(ranks, run, settings, facts, trainable, model, state)
+                job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found)
+                state = _loop(job, drawn)
+                _export(job, state)
                 return TrainResult(run.lora, state.step, found.state.step if found else None)
     finally:
         ranks.close()
@@ -78,39 +84,59 @@ def _already_done(
     return TrainResult(run.lora, step, resumed_from=step, already_done=True)
 
 
-def _loop(
-    ranks: Ranks,
-    run: RunFolder,
-    settings: Settings,
-    plan: DataPlan,
-    facts: RunFacts,
-    trainable: Trainable,
-    loaders: tuple[Any, Any],
-    found: Checkpoint | None,
-) -> TrainState:
+@dataclass(frozen=True)
+class _Job:
+    """What a run consists of, once nothing is left to refuse."""
+
+    ranks: Ranks
+    run: RunFolder
+    settings: Settings
+    sources: Sources
+    model: ModelFolder
+    plan: DataPlan
+    facts: RunFacts
+    trainable: Trainable
+    found: Checkpoint | None
+
+
+def _loop(job: _Job, drawn: PreviewPlan | None) -> TrainState:
     """Train from the cursor to the last step."""
-    from qwen_lora.train.assemble import say_what_runs, snapshot
+    from qwen_lora.train.assemble import build_loaders, say_what_runs, snapshot
     from qwen_lora.train.checkpoint import TrainState
     from qwen_lora.train.loop import Loop, LoopParts
     from qwen_lora.train.metrics import MetricsFile
+    from qwen_lora.train.previews import build_previews
     from qwen_lora.train.trackers import Trackers
 
-    state = found.state if found else TrainState()
-    loader, measure = loaders
+    ranks, run, settings, trainable = job.ranks, job.run, job.settings, job.trainable
+    state = job.found.state if job.found else TrainState()
+    loader, measure = build_loaders(ranks, settings, job.sources, job.model, job.plan, trainable)
     ranks.check_equal(loader.plan(state.epoch).hash, "the plan of the epoch")
     metrics = MetricsFile(run.metrics if ranks.is_main else None)
-    metrics.continue_from(state.step) if found else metrics.clear()
+    metrics.continue_from(state.step) if job.found else metrics.clear()
+    ranks.on_main(
+        lambda: run.previews.continue_from(state.step) if job.found else run.previews.clear()
+    )
+    previews = build_previews(ranks, run, job.model, trainable, drawn)
     trackers = Trackers(ranks.accelerator, settings)
 
     def publish(now: TrainState) -> None:
         def write() -> None:
-            run.store.save(snapshot(trainable, facts, now), settings.checkpoints_total_limit)
+            run.store.save(snapshot(trainable, job.facts, now), settings.checkpoints_total_limit)
 
         ranks.on_main(write)
 
-    say_what_runs(ranks, settings, plan, trainable, state.step)
+    say_what_runs(ranks, settings, job.plan, trainable, state.step)
     parts = LoopParts(
-        settings, ranks, trainable.stepper, loader, measure, metrics, trackers, publish
+        settings,
+        ranks,
+        trainable.stepper,
+        loader,
+        measure,
+        metrics,
+        trackers,
+        publish,
+        previews,
     )
     try:
         return Loop(parts, state).run()
@@ -118,20 +144,14 @@ def _loop(
         trackers.close()
 
 
-def _export(
-    ranks: Ranks,
-    run: RunFolder,
-    settings: Settings,
-    facts: RunFacts,
-    trainable: Trainable,
-    model: Any,
-    state: TrainState,
-) -> None:
+def _export(job: _Job, state: TrainState) -> None:
     """Write lora.safetensors, then result.json and loss.png, by rank 0."""
     from qwen_lora.train.export import save_lora
     from qwen_lora.train.plot import plot_loss
     from qwen_lora.train.resume import settings_without_paths
 
+    run, settings, facts, model = job.run, job.settings, job.facts, job.model
+    trainable = job.trainable
     provenance = {
         "steps": state.step,
         "settings": settings_without_paths(facts.settings),
@@ -161,4 +181,4 @@ def _export(
         if run.metrics.exists():
             plot_loss(run.metrics, run.plot)
 
-    ranks.on_main(write)
+    job.ranks.on_main(write)

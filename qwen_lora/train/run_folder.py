@@ -3,6 +3,8 @@
 settings.yaml    the resolved settings of the last start
 metrics.jsonl    the curves; loss.png shows them
 checkpoints/     see qwen_lora.train.checkpoint
+previews/        see qwen_lora.train.preview_files
+report.html      all of it on one page
 lora.safetensors the result; result.json says of which step it is
 .lock            held while a process trains here
 """
@@ -26,13 +28,15 @@ from qwen_lora.hashing import canonical_json, sha256_file
 from qwen_lora.posix import exclusive_lock, write_atomic
 from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore, newest_good
 from qwen_lora.train.metrics import FILE as METRICS_FILE
+from qwen_lora.train.preview_files import PreviewFiles
 
 if TYPE_CHECKING:
     from qwen_lora.train.ranks import Ranks
 
-LORA, PLOT, SETTINGS, RESULT, LOCK = (
+LORA, PLOT, REPORT, SETTINGS, RESULT, LOCK = (
     "lora.safetensors",
     "loss.png",
+    "report.html",
     "settings.yaml",
     "result.json",
     ".lock",
@@ -65,6 +69,14 @@ class RunFolder:
     @property
     def plot(self) -> Path:
         return self.path / PLOT
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    @property
+    def previews(self) -> PreviewFiles:
+        return PreviewFiles(self.path)
 
     def write_settings(self, settings: Settings) -> None:
         values = settings.model_dump(mode="json")
@@ -99,8 +111,9 @@ class RunFolder:
 
     def forget(self) -> None:
         """--restart: remove what an earlier run wrote here, and nothing else."""
-        for name in (METRICS_FILE, LORA, PLOT, SETTINGS, RESULT):
+        for name in (METRICS_FILE, LORA, PLOT, REPORT, SETTINGS, RESULT):
             (self.path / name).unlink(missing_ok=True)
+        self.previews.clear()
         self.store.sweep()
         for step in self.store.steps():
             shutil.rmtree(self.store.path(step))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL.Image import Image
 
 # tracker -> modules, any of which accelerate can use
 _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -39,6 +43,13 @@ class Trackers:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
         if self._on and numbers:
             self._try(self._accelerator.log, numbers, step=step)
+
+    def log_images(self, pictures: Sequence[Image], step: int) -> None:
+        """Previews of one step, all of one size."""
+        for tracker in self._accelerator.trackers if self._on else ():
+            images = np.stack([np.asarray(picture) for picture in pictures])  # [N, H, W, 3]
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            self._try(tracker.log_images, {"previews": images}, step=step, **layout)
 
     def close(self) -> None:
         if self._on:

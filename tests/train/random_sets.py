@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qwen_lora.config.schema import Settings
@@ -18,9 +19,12 @@ from qwen_lora.shards.format import (
     sample_id,
     text_id,
 )
+from qwen_lora.shards.previews import PreviewPrompt, RgbMap
 from qwen_lora.shards.writer import (
     EncodedSample,
     publish_manifest,
+    write_previews,
+    write_rgb,
     write_shard,
     write_unconditional,
 )
@@ -31,7 +35,35 @@ SIZES = [(4, 4), (4, 8)]  # latent pixels
 MakeSettings = Callable[..., Settings]
 
 
-def random_set(folder: Path, count: int, *, vae: str = "tiny", per_shard: int = 4) -> Path:
+def random_map() -> RgbMap:
+    """Random colours that follow the latents."""
+    rng = np.random.default_rng(0)
+    patch = 3 * SCALE**2
+    weight = rng.normal(0, 0.03, (9 * CHANNELS, patch)).astype(np.float32)
+    return RgbMap(weight, np.full(patch, 0.5, np.float32), SCALE, 0.1)
+
+
+def random_prompts(texts: Sequence[str]) -> list[PreviewPrompt]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        PreviewPrompt(
+            text,
+            torch.randn(4 + number, TEXT_WIDTH, generator=generator).bfloat16(),
+            torch.ones(4 + number, dtype=torch.bool),
+        )
+        for number, text in enumerate(texts)
+    ]
+
+
+def random_set(
+    folder: Path,
+    count: int,
+    *,
+    vae: str = "tiny",
+    per_shard: int = 4,
+    rgb: RgbMap | None = None,
+    prompts: Sequence[PreviewPrompt] = (),
+) -> Path:
     """The first `count` of an endless row of samples: sizes alternate, one or two captions each."""
     fingerprint = Fingerprint("qwen-image", vae={"name": vae}, text={"limit": 1024})
     samples = sorted(
@@ -67,6 +99,8 @@ def random_set(folder: Path, count: int, *, vae: str = "tiny", per_shard: int = 
             "bytes": sum(shard.tar.bytes for shard in shards),
         },
         histograms={"buckets": {}, "tokens": {}, "groups": {}},
+        rgb=write_rgb(folder, rgb) if rgb else None,
+        previews=write_previews(folder, prompts) if prompts else None,
     )
     publish_manifest(folder, manifest)
     return folder

@@ -78,9 +78,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     expected = checkpoint_bytes(unbroken.lora.parent, 20)
     assert checkpoint_bytes(resumed.lora.parent, 20) == expected
     rows = [read_metrics(result.lora.parent / "metrics.jsonl") for result in (unbroken, resumed)]
+    of_the_clock = ("step_seconds", "samples_per_s", "data_wait_seconds", "peak_rss_gib")
     timeless = [
-        [{k: v for k, v in row.items() if k not in ("step_seconds", "samples_per_s")} for row in r]
-        for r in rows
+        [{k: v for k, v in row.items() if k not in of_the_clock} for row in r] for r in rows
     ]
     assert timeless[0] == timeless[1]
 
@@ -502,7 +502,9 @@ def test_what_a_run_leaves(make_settings: MakeSettings) -> None:
     rows = [row for row in read_metrics(settings.output_dir / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 5]
     keys = {"epoch", "smoothed_loss", "learning_rate", "grad_norm", "step_seconds", "samples_per_s"}
+    keys |= {"data_wait_seconds", "peak_rss_gib"}
     assert all(keys <= row.keys() for row in rows)
+    assert all(0 <= row["data_wait_seconds"] <= row["step_seconds"] for row in rows)
     assert json.loads((settings.output_dir / "result.json").read_text())["step"] == 5
     assert str(settings.output_dir) not in result.lora.read_bytes().decode("latin-1")
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from random_sets import MakeSettings
+from PIL import Image
+from random_sets import MakeSettings, random_map, random_prompts, random_set
 from safetensors.torch import load_file
 
 from qwen_lora.errors import InputError
@@ -193,3 +195,32 @@ def processes_that_mention(text: str) -> list[str]:
         if text in words and "qwen_lora" in words:
             found.append(words)
     return found
+
+
+def test_two_ranks_draw_the_pictures_of_one(
+    make_settings: MakeSettings, transformer_only: Path, tmp_path: Path
+) -> None:
+    """Three prompts, so that a rank is without one; LoRAs of one and two ranks differ in the last
+    bits, and so may a pixel."""
+    shards = random_set(
+        tmp_path / "shards", 6, rgb=random_map(), prompts=random_prompts(["one", "two", "three"])
+    )
+    drawn = {
+        "preview_inference_steps": 2,
+        "preview_steps": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-4,
+    }
+    two = start(tmp_path / "two", shards, transformer_only, 2, **drawn)
+    train(make_settings("one", shards_dir=shards, gradient_accumulation_steps=2, **drawn))
+    output, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, output
+    assert output.count("drawing 3 previews at step 4") == 1
+    names = [f"step-{step:06d}/{number:03d}.png" for step in (0, 4) for number in range(3)]
+    for name in names:
+        one, other = (
+            np.asarray(Image.open(tmp_path / run / "previews" / name)).astype(int)
+            for run in ("one", "two")
+        )
+        assert one.std() > 1
+        assert np.abs(one - other).max() <= (0 if name.startswith("step-000000") else 2), name

@@ -10,7 +10,7 @@ from qwen_lora.families.qwen_image import constants, facts
 if TYPE_CHECKING:
     import torch
 
-    from qwen_lora.families.base import LatentEncoder, PromptEncoder, PromptTokenizer
+    from qwen_lora.families.base import LatentDecoder, LatentEncoder, PromptEncoder, PromptTokenizer
     from qwen_lora.models import ModelFolder
 
 
@@ -102,6 +102,26 @@ class QwenImage:
         from qwen_lora.families.qwen_image.transformer import timestep_shift
 
         return timestep_shift(scheduler_config, latent_size)
+
+    def inference_sigmas(
+        self, scheduler_config: Mapping[str, Any], latent_size: tuple[int, int], steps: int
+    ) -> torch.Tensor:
+        from qwen_lora.families.qwen_image.sampling import inference_sigmas
+
+        return inference_sigmas(scheduler_config, self.image_tokens(latent_size), steps)
+
+    def guided_velocity(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        from qwen_lora.families.qwen_image.sampling import guided_velocity
+
+        return guided_velocity(conditional, unconditional, scale)
+
+    def load_latent_decoder(self, model: ModelFolder, *, dtype: torch.dtype) -> LatentDecoder:
+        from qwen_lora.families.qwen_image.sampling import QwenLatentDecoder
+
+        facts.vae_facts(model.config("vae"))  # a VAE of another shape is refused before loading
+        return QwenLatentDecoder(model, dtype)
 
     def image_tokens(self, latent_size: tuple[int, int]) -> int:
         return (latent_size[0] // constants.PATCH) * (latent_size[1] // constants.PATCH)

@@ -201,6 +201,15 @@ def _dead_modules(transformer: torch.nn.Module) -> set[str]:
 # ---- time ----------------------------------------------------------------------------------------
 
 
+def shift_mu(config: Mapping[str, Any], image_tokens: int) -> float:
+    """The dynamic shift of an image of so many tokens: linear between the config's two points."""
+    base_tokens = config.get("base_image_seq_len", 256)
+    max_tokens = config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return float(base_shift + slope * (image_tokens - base_tokens))
+
+
 def timestep_shift(
     config: Mapping[str, Any], latent_size: tuple[int, int]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -212,12 +221,7 @@ def timestep_shift(
     Without dynamic shifting the factor e^mu is the config's `shift`.
     """
     if config.get("use_dynamic_shifting", False):
-        base_tokens = config.get("base_image_seq_len", 256)
-        max_tokens = config.get("max_image_seq_len", 4096)
-        base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-        tokens = (latent_size[0] // PATCH) * (latent_size[1] // PATCH)
-        mu = base_shift + slope * (tokens - base_tokens)
+        mu = shift_mu(config, (latent_size[0] // PATCH) * (latent_size[1] // PATCH))
         linear = config.get("time_shift_type", "exponential") == "linear"
         factor = mu if linear else math.exp(mu)
     else:
