@@ -59,7 +59,16 @@ def load_state(
             average.copy_(tensors[f"average/{name}"])
     saved = {k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("opt")}
     unpack_optimizer(optimizer, named(module), json.loads(metadata["optimizer"]), saved)
+    _lay_out_like_parameters(optimizer)
     return int(metadata["step"])
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Fused AdamW walks memory, not indices: moments must lie as channels-last weights do."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter).copy_(value)
 
 
 class Log:

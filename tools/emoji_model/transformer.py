@@ -43,6 +43,7 @@ class TransformerRecipe:
     average: float = 0.999  # of the moving average of the weights, which is what is kept
     seed: int = 0
     save_every: int = 500
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def train_transformer(
     state = folder / "transformer-state.safetensors"
     first = load_state(state, transformer, optimizer, averages)
     log = Log(folder / "transformer.jsonl", first)
-    transformer.compile_repeated_blocks(dynamic=False)
+    if recipe.compiled:
+        transformer.compile_repeated_blocks(dynamic=False)
     began, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:

@@ -44,6 +44,7 @@ class VaeRecipe:
     edge_weight: float = 0.5  # times the L1 distance of neighbouring pixels' differences
     seed: int = 0
     save_every: int = 500
+    compiled: bool = True
 
 
 class FrameConv(nn.Module):
@@ -128,7 +129,12 @@ def train_vae(folder: Path, images: torch.Tensor, recipe: VaeRecipe) -> Any:
     state = folder / "vae-state.safetensors"
     first = load_state(state, module, optimizer)
     log = Log(folder / "vae.jsonl", first)
-    compute = torch.compile(lambda pixels, noise: loss_parts(module, pixels, noise))
+
+    def compute(pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return loss_parts(module, pixels, noise)
+
+    if recipe.compiled:
+        compute = torch.compile(compute)
     began = time.monotonic()
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
