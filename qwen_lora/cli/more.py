@@ -129,18 +129,29 @@ def tiny_model(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)
     ],
-    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the weights.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="S", min=0, help="Of the random weights; 0.")
+    ] = None,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="The one that draws emoji of 64 pixels.")
+    ] = False,
 ) -> None:
-    """Write a tiny Qwen-Image with the real classes and random weights.
+    """Write a tiny Qwen-Image with the real classes: random weights, or trained to draw emoji.
 
     \b
     qwen-lora tiny-model tiny
+    qwen-lora tiny-model emoji-model --trained
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; name another")
-    from qwen_lora.tiny_model import write_tiny_model
+    if trained and seed is not None:
+        raise InputError("--seed is of random weights; leave it out with --trained")
+    from qwen_lora.tiny_model import copy_trained_model, write_tiny_model
 
-    write_tiny_model(folder, seed=seed)
+    if trained:
+        copy_trained_model(folder)
+    else:
+        write_tiny_model(folder, seed=seed or 0)
     print(folder)
 
 

@@ -18,6 +18,7 @@ from qwen_lora.config.schema import DataConfig, Settings
 from qwen_lora.demo import style
 from qwen_lora.grid import Row, labelled_grid
 from qwen_lora.posix import write_atomic
+from qwen_lora.tiny_model import TRAINED as MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from qwen_lora.sample import Pictures
 
 ASSETS = Path(str(files("qwen_lora") / "assets"))
-MODEL = ASSETS / "emoji-model"
 IMAGES = ASSETS / "demo-images"  # 64 emoji in 3D style, with captions: what the LoRA learns from
 UNSEEN = ASSETS / "demo-unseen"  # 24 more in that style, never trained on: what it is compared with
 # Names for which no picture in 3D style is here at all.
