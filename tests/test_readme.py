@@ -10,11 +10,13 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from qwen_lora.cli import app
+from qwen_lora.shards.reader import ShardSet
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["--set", "encode_threads=1"]
@@ -105,12 +107,20 @@ def test_the_shard_page_reads_a_set_with_others_tools(
     result = CliRunner().invoke(app, ["precompute", str(image_folder), *options])
     assert result.exit_code == 0, result.output
     page = (README.parent / "docs" / "shards.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block, drawing = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (shard,) = Path("shards").glob("*.tar")
     capsys.readouterr()
     exec(block.replace("SHARD", shard.name), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and all("picture with a small square" in line for line in lines)
+    names: dict[str, Any] = {}
+    exec(drawing, names)
+    with ShardSet.open("shards") as shards:
+        latents = shards.read(0).tensors["latents"].float().numpy()
+        rgb = shards.rgb_map()
+    assert rgb is not None
+    difference = names["draw"](latents).astype(int) - rgb.apply(latents)
+    assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
     gc.collect()
 
 

@@ -4,6 +4,8 @@
     shard-<sha256[:12]>.tar                      plain WebDataset: <sample id>.json + .safetensors
     shard-<sha256[:12]>.json                     sidecar: one column a fact, one row a sample
     unconditional-<sha256[:12]>.safetensors      the embedding of " "
+    rgb-<sha256[:12]>.json                       the linear map from latents to RGB
+    previews-<sha256[:12]>.safetensors           preview prompts with their embeddings
 
 Every size and box is [height, width] and [top, left, bottom, right] in pixels.
 """
