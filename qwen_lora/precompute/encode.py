@@ -121,10 +121,11 @@ def encode_unconditional(station: Station) -> StoredText:
 
 
 def encode_preview_prompts(prompts: PromptPlan, station: Station) -> list[PreviewPrompt]:
+    encoder = station.encoders.text()
     if not station.quiet:
         print(f"encoding {len(prompts)} preview prompts", file=sys.stderr)
     return encode_prompts(
-        station.encoders.text(),
+        encoder,
         prompts,
         station.fingerprint.text_hash,
         station.settings.text_batch_size,
