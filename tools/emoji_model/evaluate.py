@@ -1,5 +1,7 @@
 """What the finished model can do, in pictures and numbers; nothing is selected.
 
+    python -m tools.emoji_model.evaluate MODEL NOTO LOGS OUTPUT
+
 samples.png     32 prompts drawn by the seed, each beside the original
 curves.png      losses of both trainings
 evaluation.json retrieval: is the original among the 5 nearest of all emoji, by pixels?
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 
 from qwen_lora.grid import Row, labelled_grid
@@ -73,12 +76,15 @@ def ranks_of_originals(pictures: torch.Tensor, rows: Sequence[int], emoji: Emoji
     return [int(count) for count in (distances < own[:, None]).sum(dim=1)]
 
 
-def evaluate(model: Path, emoji_folder: Path, logs: Path, output: Path, side: int) -> None:
-    """Draws with `model` as it is stored, computed in float32."""
+def evaluate(model: Path, noto: Path, logs: Path, output: Path, side: int = 64) -> None:
+    """Draw with `model` as it is stored, computed in float32.
+
+    noto: the flat emoji; logs: where the training left its vae.jsonl and transformer.jsonl.
+    """
     from diffusers import QwenImagePipeline
 
     output.mkdir(parents=True, exist_ok=True)
-    emoji = read_emoji(emoji_folder, side)
+    emoji = read_emoji(noto, side)
     pipeline = QwenImagePipeline.from_pretrained(str(model), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     order = torch.randperm(len(emoji.names), generator=torch.Generator().manual_seed(1)).tolist()
@@ -136,3 +142,7 @@ def _curves(logs: Path, path: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path)
+
+
+if __name__ == "__main__":
+    typer.run(evaluate)

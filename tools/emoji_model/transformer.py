@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TransformerRecipe:
-    steps: int = 14000
+    steps: int = 8000
     batch: int = 64
     learning_rate: float = 1e-3
     warmup: int = 300
