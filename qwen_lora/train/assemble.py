@@ -54,6 +54,7 @@ class DataPlan:
     measure_name: str
     rule: BatchRule
     accumulation: int  # micro-batches of a step on each rank
+    held_out: frozenset[str]  # source sha256s kept out of training
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def plan_data(
         caption_dropout_rate=data.caption_dropout_rate,
         shuffle=settings.shuffle,
     )
-    return DataPlan(table, gather(only_sources=few), name, rule, accumulation)
+    return DataPlan(table, gather(only_sources=few), name, rule, accumulation, held)
 
 
 def sources_of(table: PlanTable, sources: Sources) -> set[str]:

@@ -23,6 +23,7 @@ from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.metrics import MetricsFile
 from qwen_lora.train.previews import Previews
 from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.report import Report
 from qwen_lora.train.signals import StopRequest
 from qwen_lora.train.step import MicroStep, Stepper, StepResult
 from qwen_lora.train.trackers import Trackers
@@ -42,14 +43,10 @@ class Work:
     last_of_epoch: bool
 
 
-def _no_report(state: TrainState, status: str) -> None:
-    pass
-
-
 @dataclass
 class LoopParts:
     """What the loop works with; `save` publishes a checkpoint of a state on all ranks together.
-    `report` is told after that, with a word for what the run is doing."""
+    `report` is on rank 0 alone and is written after that."""
 
     settings: Settings
     ranks: Ranks
@@ -60,7 +57,7 @@ class LoopParts:
     trackers: Trackers
     save: Callable[[TrainState], None]
     previews: Previews | None = None
-    report: Callable[[TrainState, str], None] = _no_report
+    report: Report | None = None
 
 
 def upcoming(parts: LoopParts, state: TrainState) -> Generator[Work]:
@@ -117,7 +114,7 @@ class Loop:
                 saved = self._save_when_due()
                 self._preview(stop, bar)  # after saving: drawing may take minutes
                 if saved and self.state.step < last:
-                    self.parts.report(self.state, "running")
+                    self._report("running")
         return self.state
 
     def _agree_on_next(self, work: Generator[Work], stop: StopRequest) -> Work:
@@ -133,7 +130,7 @@ class Loop:
         if signum:
             if self._saved_step != self.state.step or self.state.step == 0:
                 self.parts.save(self.state)
-            self.parts.report(self.state, "stopped")
+            self._report("stopped")
             raise Stopped(
                 signum,
                 f"stopped at step {self.state.step}, saved; run the same command to continue",
@@ -224,6 +221,10 @@ class Loop:
         pictures = previews.run(step, lambda: stop.signum)
         if pictures:
             self.parts.trackers.log_images(pictures, step)
+
+    def _report(self, status: str) -> None:
+        if self.parts.report is not None:
+            self.parts.report.write(self.state, status)
 
     def _write(self, row: dict[str, Any]) -> None:
         self.ranks.on_main(lambda: self.parts.metrics.write(row))  # a full disk ends every rank

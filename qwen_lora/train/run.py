@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
     from qwen_lora.train.preview_plan import PreviewPlan
     from qwen_lora.train.ranks import Ranks
+    from qwen_lora.train.report import Report
     from qwen_lora.train.sources import Sources
 
 __all__ = ["TrainResult", "train"]
@@ -35,6 +36,7 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
     from qwen_lora.train import assemble
     from qwen_lora.train.preview_plan import settle_previews
     from qwen_lora.train.ranks import start_ranks
+    from qwen_lora.train.report import open_report
     from qwen_lora.train.resume import check_resume
     from qwen_lora.train.sources import open_sources
     from qwen_lora.train.trackers import check_trackers
@@ -60,9 +62,14 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
                 drawn = settle_previews(ranks, settings, sources, plan, model.family)
                 ranks.on_main(lambda: run.write_settings(settings))
                 trainable = assemble.build_trainable(ranks, settings, model, found)
-                job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found)
+                report = open_report(ranks, run, settings, sources, plan, model, trainable)
+                job = _Job(
+                    ranks, run, settings, sources, model, plan, facts, trainable, found, report
+                )
                 state = _loop(job, drawn)
                 _export(job, state)
+                if report:
+                    report.write(state, "done")
                 return TrainResult(run.lora, state.step, found.state.step if found else None)
     finally:
         ranks.close()
@@ -97,6 +104,7 @@ class _Job:
     facts: RunFacts
     trainable: Trainable
     found: Checkpoint | None
+    report: Report | None
 
 
 def _loop(job: _Job, drawn: PreviewPlan | None) -> TrainState:
@@ -137,6 +145,7 @@ def _loop(job: _Job, drawn: PreviewPlan | None) -> TrainState:
         trackers,
         publish,
         previews,
+        job.report,
     )
     try:
         return Loop(parts, state).run()

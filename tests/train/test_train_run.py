@@ -496,6 +496,7 @@ def test_what_a_run_leaves(make_settings: MakeSettings) -> None:
         "lora.safetensors",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         "result.json",
         "settings.yaml",
     }
