@@ -63,11 +63,14 @@ def random_set(
     per_shard: int = 4,
     rgb: RgbMap | None = None,
     prompts: Sequence[PreviewPrompt] = (),
+    texts: Sequence[str] | None = ("picture {}", "number {}"),
 ) -> Path:
-    """The first `count` of an endless row of samples: sizes alternate, one or two captions each."""
+    """The first `count` of an endless row of samples: sizes alternate, one or two captions each.
+    texts: what the captions say, None for a set without captions and names."""
     fingerprint = Fingerprint("qwen-image", vae={"name": vae}, text={"limit": 1024})
     samples = sorted(
-        (_sample(number, fingerprint) for number in range(count)), key=lambda s: s.sample_id
+        (_sample(number, fingerprint, texts) for number in range(count)),
+        key=lambda s: s.sample_id,
     )
     folder.mkdir(parents=True, exist_ok=True)
     shards = tuple(
@@ -106,12 +109,13 @@ def random_set(
     return folder
 
 
-def _sample(number: int, fingerprint: Fingerprint) -> EncodedSample:
+def _sample(number: int, fingerprint: Fingerprint, texts: Sequence[str] | None) -> EncodedSample:
     generator = torch.Generator().manual_seed(number)
     height, width = SIZES[number % len(SIZES)]
     bucket = (height * SCALE, width * SCALE)
     source = hashlib.sha256(str(number).encode()).hexdigest()
-    captions = [f"picture {number}", f"number {number}"][: 1 + number % 2]
+    named = [text.format(number) for text in texts or ("picture {}", "number {}")]
+    captions = named[: 1 + number % 2]
     tensors = {"latents": torch.randn(CHANNELS, height, width, generator=generator).half()}
     tokens = [2 + (number + index) % 4 for index in range(len(captions))]
     for index, count in enumerate(tokens):
@@ -120,10 +124,10 @@ def _sample(number: int, fingerprint: Fingerprint) -> EncodedSample:
         tensors[f"prompt_mask.{index}"] = torch.ones(count, dtype=torch.bool)
     geometry = Geometry(crop_box=(0, 0, *bucket), bucket=bucket)
     latent = latent_id(source, geometry, fingerprint.vae_hash)
-    texts = [text_id(caption, fingerprint.text_hash) for caption in captions]
+    text_ids = [text_id(caption, fingerprint.text_hash) for caption in captions]
     meta = RecordMeta(
-        captions=captions,
-        source=f"{number}.png",
+        captions=None if texts is None else captions,
+        source=None if texts is None else f"{number}.png",
         source_sha256=source,
         original_size=bucket,
         crop_box=geometry.crop_box,
@@ -132,4 +136,4 @@ def _sample(number: int, fingerprint: Fingerprint) -> EncodedSample:
         truncated_tokens=[0] * len(captions),
         group="",
     )
-    return EncodedSample(sample_id(latent, texts), latent, texts, tokens, meta, tensors)
+    return EncodedSample(sample_id(latent, text_ids), latent, text_ids, tokens, meta, tensors)

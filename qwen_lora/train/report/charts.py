@@ -43,7 +43,7 @@ def line_chart(title: str, series: Sequence[Series], last_step: int, *, low: boo
         return UNITS * step / right
 
     def y(value: float) -> float:
-        return UNITS * (top - value) / (top - bottom)
+        return UNITS * (top - min(max(value, bottom), top)) / (top - bottom)
 
     grid = "".join(f'<path class="rule" d="M0 {y(tick):.1f}H{UNITS}"/>' for tick in ticks)
     lines = "".join(_line(one, x, y) for one in sorted(drawn, key=lambda one: not one.faint))
@@ -124,7 +124,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers inside [low, high], about so many."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    spacing = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.99)
+    spacing = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.8)
     first = math.ceil(low / spacing - 1e-9)
     ticks: list[float] = []
     while (first + len(ticks)) * spacing <= high + spacing * 1e-9:

@@ -312,7 +312,7 @@ def _data(data: DataFacts) -> str:
     return (
         f"<section><h2>Data</h2>{_facts(facts)}"
         f'<div class="two gap">{bars}</div>'
-        f"{_samples(data.shown, data.samples + data.held_out)}</section>"
+        f"{_samples(data.shown, sum(one.samples for one in data.sets))}</section>"
     )
 
 

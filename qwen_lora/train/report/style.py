@@ -2,10 +2,10 @@
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fcfcfa;--ink:#1b1e23;--soft:#5c636d;--rule:#dfe1dd;
---well:#f2f3ef;--c1:#1f63c6;--c2:#c8480f;--c3:#4b2a9b;--c4:#9a2a92;--c5:#d0426b;--c6:#dd7420;
+--well:#f2f3ef;--edge:#0000001c;--c1:#1f63c6;--c2:#c8480f;--c3:#4b2a9b;--c4:#9a2a92;--c5:#d0426b;--c6:#dd7420;
 --c7:#b58a00;--good:#1d7a46;--warn:#9c5b00}
 @media (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e7e9ec;--soft:#a0a7b1;
---rule:#31353b;--well:#1e2125;--c1:#74a9ff;--c2:#ff9a5f;--c3:#a392ff;--c4:#dd7fe0;--c5:#ff82a3;
+--rule:#31353b;--well:#1e2125;--edge:#ffffff24;--c1:#74a9ff;--c2:#ff9a5f;--c3:#a392ff;--c4:#dd7fe0;--c5:#ff82a3;
 --c6:#ffae5e;--c7:#f2d24b;--good:#6fcf97;--warn:#f0b35a}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
@@ -34,7 +34,7 @@ font-variant-numeric:tabular-nums}
 .figures small{display:block;font-size:12.5px;font-weight:400;letter-spacing:0;color:var(--soft)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:28px 36px}
 .two>*{min-width:0}
-.chart+.chart,.two+.chart,.chart+.two{margin-top:28px}
+.chart+.chart,.two+.chart,.chart+.two{margin-top:44px}
 .two .chart+.chart{margin-top:0}
 .two>.chart{margin-top:0}
 figcaption{display:flex;flex-wrap:wrap;gap:2px 18px;align-items:baseline;font-weight:600;
@@ -48,7 +48,7 @@ i.c1{color:var(--c1)}i.c2{color:var(--c2)}i.c3{color:var(--c3)}i.c4{color:var(--
 i.c5{color:var(--c5)}i.c6{color:var(--c6)}i.c7{color:var(--c7)}
 .plot{position:relative;height:300px;margin:14px 14px 30px 48px}
 .plot.low{height:150px}
-.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:hidden}
+.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
 .plot path{fill:none;stroke-width:2;vector-effect:non-scaling-stroke;stroke-linejoin:round;
 stroke-linecap:round}
 .plot path.rule{stroke:var(--rule);stroke-width:1}
@@ -77,13 +77,12 @@ max-width:min(100%,calc(100vw - 44px));overflow-wrap:anywhere}
 .drawn td{padding:0 3px;vertical-align:top}
 .drawn img,.samples img{display:block;width:100%;height:auto;border-radius:4px;
 background:var(--well)}
+.drawn img,.samples .box{outline:1px solid var(--edge);outline-offset:-1px}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(116px,1fr));gap:16px 12px}
 .samples li{min-width:0;font-size:12.5px;line-height:1.4;color:var(--soft)}
 .samples .box{position:relative;display:flex;align-items:center;justify-content:center;
 aspect-ratio:1;background:var(--well);border-radius:4px;margin-bottom:6px;overflow:hidden}
-.samples .box img{width:auto;height:auto;min-width:0;max-width:100%;max-height:100%;
-object-fit:contain}
-.samples .box img.wide{width:100%}.samples .box img.tall{height:100%}
+.samples .box img{height:100%;object-fit:contain}
 .samples b{position:absolute;left:6px;top:6px;padding:1px 7px;border-radius:99px;
 font-size:11px;font-weight:600;background:var(--paper);color:var(--c2)}
 .samples span{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;
@@ -94,7 +93,7 @@ align-items:center;font-size:13.5px;font-variant-numeric:tabular-nums}
 .bars i{display:block;height:10px;min-width:2px;background:var(--c1);opacity:.75;
 border-radius:2px}
 .bars em{font-style:normal;color:var(--soft);text-align:right}
-dl.facts{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14px}
+dl.facts{display:grid;align-content:start;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14px}
 dl.facts dt{color:var(--soft)}
 dl.facts dd{overflow-wrap:anywhere}
 code,pre{font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -107,7 +106,7 @@ overflow-wrap:anywhere}
 .settings td:first-child{width:44%}
 footer{margin-top:48px;padding-top:14px;border-top:1px solid var(--rule);font-size:13px;
 color:var(--soft)}
-.gap{margin-top:28px}
+.gap{margin-top:32px}
 @media (max-width:560px){main{padding:24px 16px 40px}h1{font-size:25px}
 h2{margin-top:36px}.figures{grid-template-columns:1fr 1fr}.figures dd{font-size:20px}
 .plot{height:220px;margin-left:42px}.plot.low{height:130px}
