@@ -93,7 +93,8 @@ align-items:center;font-size:13.5px;font-variant-numeric:tabular-nums}
 .bars i{display:block;height:10px;min-width:2px;background:var(--c1);opacity:.75;
 border-radius:2px}
 .bars em{font-style:normal;color:var(--soft);text-align:right}
-dl.facts{display:grid;align-content:start;grid-template-columns:max-content 1fr;gap:5px 22px;font-size:14px}
+dl.facts{display:grid;align-content:start;grid-template-columns:max-content 1fr;gap:5px 22px;
+font-size:14px}
 dl.facts dt{color:var(--soft)}
 dl.facts dd{overflow-wrap:anywhere}
 code,pre{font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
