@@ -28,6 +28,7 @@ from qwen_lora.train.report.charts import (
     nice_ticks,
     number,
     thinned,
+    tick_labels,
     value_range,
 )
 from qwen_lora.train.report.facts import by_name, histogram, setting_lines, without_folders
@@ -303,6 +304,12 @@ def test_the_axis_holds_what_counts() -> None:
 )
 def test_ticks_are_round(low: float, high: float, ticks: Sequence[float]) -> None:
     assert nice_ticks(low, high, 4) == pytest.approx(ticks)
+
+
+def test_labels_tell_ticks_apart() -> None:
+    assert tick_labels([2.25, 2.275, 2.3]) == ["2.250", "2.275", "2.300"]
+    assert tick_labels([0, 5e-5, 1e-4]) == ["0", "5e-5", "1e-4"]
+    assert tick_labels([0.0, 1000.0]) == ["0", "1,000"]
 
 
 def test_numbers_read_well() -> None:

@@ -29,11 +29,13 @@ class Series:
 
 
 def line_chart(title: str, series: Sequence[Series], last_step: int, *, low: bool = False) -> str:
-    """A figure with title, legend and axes; "" when no series has a point. low: less high."""
+    """A figure with title, legend and axes; "" when no series has a point. low: less high, and from
+    zero on, for what counts as an amount."""
     drawn = [one for one in series if one.points]
     if not drawn:
         return ""
     bottom, top = value_range(drawn)
+    bottom = min(0.0, bottom) if low else bottom
     ticks = nice_ticks(bottom, top, 4)
     bottom, top = min(bottom, ticks[0]), max(top, ticks[-1])
     right = max(1, last_step)
@@ -48,7 +50,8 @@ def line_chart(title: str, series: Sequence[Series], last_step: int, *, low: boo
     grid = "".join(f'<path class="rule" d="M0 {y(tick):.1f}H{UNITS}"/>' for tick in ticks)
     lines = "".join(_line(one, x, y) for one in sorted(drawn, key=lambda one: not one.faint))
     labels = "".join(
-        f'<span class="y" style="top:{y(tick) / UNITS:.2%}">{number(tick)}</span>' for tick in ticks
+        f'<span class="y" style="top:{y(tick) / UNITS:.2%}">{label}</span>'
+        for tick, label in zip(ticks, tick_labels(ticks), strict=True)
     ) + "".join(
         f'<span class="x" style="left:{x(tick) / UNITS:.2%}">{int(tick):,}</span>' for tick in steps
     )
@@ -130,6 +133,16 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     while (first + len(ticks)) * spacing <= high + spacing * 1e-9:
         ticks.append((first + len(ticks)) * spacing)
     return ticks or [low]
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """All with as many decimals as tell them apart; very small numbers as powers of ten."""
+    if max(abs(tick) for tick in ticks) < 1e-3:
+        return [number(tick) for tick in ticks]
+    decimals = next(
+        (n for n in range(6) if all(abs(round(tick, n) - tick) < 1e-9 for tick in ticks)), 6
+    )
+    return [f"{tick:,.{decimals}f}" for tick in ticks]
 
 
 def number(value: float) -> str:

@@ -268,18 +268,16 @@ def _samples(shown: Sequence[Sample], total: int) -> str:
         return ""
     items = "".join(_one_sample(sample) for sample in shown)
     heading = f"{len(shown)} of {total:,} samples" if total > len(shown) else "The samples"
-    return f'<h3 class="gap">{heading}</h3><ul class="samples">{items}</ul>'
+    return f'<h3>{heading}</h3><ul class="samples">{items}</ul>'
 
 
 def _one_sample(sample: Sample) -> str:
-    mark = "<b>held out</b>" if sample.held_out else ""
     text = escape(sample.caption)
+    mark = "<b>held out</b> " if sample.held_out else ""
     picture = ""
     if sample.picture is not None:
-        picture = f'<div class="box"><img src="{sample.picture}" alt="">{mark}</div>'
-    elif sample.held_out:
-        text = f"held out: {text}"
-    return f'<li>{picture}<span title="{text}">{text}</span></li>'
+        picture = f'<div class="box"><img src="{sample.picture}" alt=""></div>'
+    return f'<li>{picture}<span title="{text}">{mark}{text}</span></li>'
 
 
 # ---- the rest ------------------------------------------------------------------------------------
@@ -302,16 +300,16 @@ def _data(data: DataFacts) -> str:
         ]
     facts.append(("Fingerprint", data.sets[0].fingerprint))
     bars = _bars("Buckets, height × width", data.buckets, SHOWN_BUCKETS)
-    bars += _bars("Caption length in tokens", data.tokens, len(data.tokens))
     if data.groups:
         named = [
             (f"{name or '(top folder)'}, {visits:,.4g} visits", count)
             for name, count, visits in data.groups
         ]
-        bars += _bars("Groups", named, SHOWN_BUCKETS)
+        bars += _bars("Groups and their visits an epoch", named, SHOWN_BUCKETS)
+    bars += _bars("Caption length in tokens", data.tokens, len(data.tokens))
     return (
         f"<section><h2>Data</h2>{_facts(facts)}"
-        f'<div class="two gap">{bars}</div>'
+        f'<div class="columns gap">{bars}</div>'
         f"{_samples(data.shown, sum(one.samples for one in data.sets))}</section>"
     )
 

@@ -24,10 +24,9 @@ border:1px solid currentColor;border-radius:99px;font-size:12.5px;font-weight:60
 letter-spacing:.01em;white-space:nowrap;line-height:1.5}
 .state.done{color:var(--good)}.state.running{color:var(--c1)}.state.stopped{color:var(--warn)}
 .sub{color:var(--soft);margin-top:6px;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:1px;
-margin-top:24px;background:var(--rule);border:1px solid var(--rule);border-radius:8px;
-overflow:hidden}
-.figures div{background:var(--paper);padding:12px 16px 13px}
+.figures{display:flex;flex-wrap:wrap;gap:1px;margin-top:24px;background:var(--rule);
+border:1px solid var(--rule);border-radius:8px;overflow:hidden}
+.figures div{flex:1 1 150px;background:var(--paper);padding:12px 16px 13px}
 .figures dt{color:var(--soft);font-size:13px}
 .figures dd{font-size:23px;font-weight:600;letter-spacing:-.02em;line-height:1.3;
 font-variant-numeric:tabular-nums}
@@ -55,7 +54,7 @@ stroke-linecap:round}
 .plot .c1{stroke:var(--c1)}.plot .c2{stroke:var(--c2)}.plot .c3{stroke:var(--c3)}
 .plot .c4{stroke:var(--c4)}.plot .c5{stroke:var(--c5)}.plot .c6{stroke:var(--c6)}
 .plot .c7{stroke:var(--c7)}
-.plot path.faint{stroke-width:1;opacity:.42}
+.plot path.faint{stroke-width:1;opacity:.36}
 .plot path.dot{stroke-width:7}
 .plot span{position:absolute;font-size:12px;line-height:1;color:var(--soft);white-space:nowrap;
 font-variant-numeric:tabular-nums}
@@ -83,10 +82,11 @@ background:var(--well)}
 .samples .box{position:relative;display:flex;align-items:center;justify-content:center;
 aspect-ratio:1;background:var(--well);border-radius:4px;margin-bottom:6px;overflow:hidden}
 .samples .box img{height:100%;object-fit:contain}
-.samples b{position:absolute;left:6px;top:6px;padding:1px 7px;border-radius:99px;
-font-size:11px;font-weight:600;background:var(--paper);color:var(--c2)}
+.samples b{color:var(--c2);font-weight:600}
 .samples span{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;
 overflow:hidden;overflow-wrap:anywhere}
+.columns{columns:2 360px;column-gap:36px}
+.columns>div{break-inside:avoid;padding-bottom:28px}
 .bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:5px 12px;
 align-items:center;font-size:13.5px;font-variant-numeric:tabular-nums}
 .bars span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;max-width:180px}
@@ -109,7 +109,7 @@ footer{margin-top:48px;padding-top:14px;border-top:1px solid var(--rule);font-si
 color:var(--soft)}
 .gap{margin-top:32px}
 @media (max-width:560px){main{padding:24px 16px 40px}h1{font-size:25px}
-h2{margin-top:36px}.figures{grid-template-columns:1fr 1fr}.figures dd{font-size:20px}
+h2{margin-top:36px}.figures div{flex-basis:130px}.figures dd{font-size:20px}
 .plot{height:220px;margin-left:42px}.plot.low{height:130px}
 .samples{grid-template-columns:repeat(3,1fr)}
 .numbers th,.numbers td{padding-left:14px}dl.facts{gap:5px 14px}}
