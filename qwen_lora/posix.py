@@ -81,7 +81,11 @@ def write_atomic(final: Path, data: bytes, temporary_folder: Path | None = None)
     """Write `data` under `final`'s name so that the file is whole or absent, whatever happens."""
     with temporary_file(temporary_folder or final.parent, f".{final.name}-") as (file, path):
         file.write(data)
-    publish_file(path, final)
+    try:
+        publish_file(path, final)
+    except OSError:  # a folder of that name
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
