@@ -51,6 +51,13 @@ class Progress:
         elif not self._quiet:
             print(f"{self.phase}: {text}", file=sys.stderr, flush=True)
 
+    def leave_out(self, seconds: float) -> None:
+        """Time spent on something else just now: rate and ETA are those of the units alone."""
+        self._start += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -32,3 +32,16 @@ def test_nothing_done_and_other_ranks_are_silent(capsys: pytest.CaptureFixture[s
     with Progress("reading", 2, "files", quiet=True) as bar:
         bar.update(2)
     assert capsys.readouterr().err == ""
+
+
+def test_other_work_is_said_and_left_out_of_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", 1000, "step") as bar:
+        bar.say("drawing 2 previews at step 0")
+        bar._start -= 3600  # an hour of drawing
+        bar.leave_out(3600)
+        for _ in range(500):
+            bar.update()
+    said, line = capsys.readouterr().err.splitlines()
+    assert said == "train: drawing 2 previews at step 0"
+    rate = float(line.split(", ")[1].removesuffix("/s"))
+    assert rate > 10  # and not 500 in an hour

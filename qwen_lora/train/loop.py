@@ -218,7 +218,9 @@ class Loop:
             return
         if not stop.signum:
             bar.say(f"drawing {len(previews.plan.prompts)} previews at step {step}")
+        started = time.monotonic()
         pictures = previews.run(step, lambda: stop.signum)
+        bar.leave_out(time.monotonic() - started)
         if pictures:
             self.parts.trackers.log_images(pictures, step)
 
