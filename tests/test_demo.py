@@ -92,7 +92,8 @@ def test_a_short_demo_writes_everything_and_continues(
     demo.run(tmp_path)
     assert (tmp_path / "run" / "lora.safetensors").exists()
     assert (tmp_path / "run" / "report.html").exists()
-    assert Image.open(tmp_path / "before-after.png").width > 1000
+    with Image.open(tmp_path / "before-after.png") as picture:
+        assert picture.width > 1000
     numbers = json.loads((tmp_path / "style.json").read_text())
     printed = capsys.readouterr().out
     assert f"{numbers['shading_base']:.3f} base -> {numbers['shading_lora']:.3f} LoRA" in printed

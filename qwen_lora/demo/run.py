@@ -145,12 +145,20 @@ def draw(lora: Path, unseen: Sequence[Unseen]) -> list[Pictures]:
 
 
 def measure(unseen: Sequence[Unseen], pictures: Sequence[Pictures]) -> dict[str, float]:
-    """The style and content of what was drawn, base against LoRA; see `qwen_lora.demo.style`."""
+    """The style and content of what was drawn, base against LoRA; see `qwen_lora.demo.style`.
+
+    Blurring too makes flat pictures gentle and nearer to anything: the blurred base shows how far
+    that alone goes.
+    """
+    from PIL import Image, ImageFilter
+
+    blur = ImageFilter.GaussianBlur(2)  # about as much shading as the LoRA gives
     base = [np.asarray(item.base) for item in pictures]
     lora = [np.asarray(item.lora) for item in pictures]
     known = [index for index, item in enumerate(unseen) if item.original is not None]
     food = [index for index, item in enumerate(unseen) if item.original is None]
     originals = [np.asarray(unseen[index].original) for index in known]
+    blurred = [np.asarray(Image.fromarray(base[i]).filter(blur)) for i in known]
     base_known, lora_known = [base[i] for i in known], [lora[i] for i in known]
     numbers = {
         "shading_base": style.mean_shading(base_known),
@@ -158,6 +166,7 @@ def measure(unseen: Sequence[Unseen], pictures: Sequence[Pictures]) -> dict[str,
         "shading_originals": style.mean_shading(originals),
         "distance_base": style.distance(base_known, originals),
         "distance_lora": style.distance(lora_known, originals),
+        "distance_blurred_base": style.distance(blurred, originals),
         "shading_food_base": style.mean_shading([base[i] for i in food]),
         "shading_food_lora": style.mean_shading([lora[i] for i in food]),
         "same_content": style.same_content(lora, base),
@@ -173,7 +182,8 @@ def summary(numbers: dict[str, float]) -> list[str]:
 
     return [
         f"shading       {change('shading')}; 3D originals {numbers['shading_originals']:.3f}",
-        f"distance      {change('distance')}, of pixels to the 3D originals",
+        f"distance      {change('distance')}, of pixels to the 3D originals "
+        f"({numbers['distance_blurred_base']:.3f} for the base merely blurred)",
         f"food          {change('shading_food')} shading; no 3D original of food is here",
         f"content       {numbers['same_content']:.0%} of the pictures with the LoRA are nearest to "
         "their own name's picture without it",

@@ -76,15 +76,13 @@ class Log:
 
     def __init__(self, path: Path, first_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_log(path)
-        self._file = path.open("w", encoding="utf-8")
-        for line in lines:
-            if line["step"] <= first_step:
-                self.write(line)
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= first_step]
+        path.write_text("".join(kept), encoding="utf-8")
+        self._path = path
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
