@@ -153,7 +153,7 @@ def train_transformer(
             group["lr"] = recipe.learning_rate * _decay(step, recipe)
         with torch.autocast("cpu", torch.bfloat16):
             loss = batch_loss(transformer, cache, recipe, step)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

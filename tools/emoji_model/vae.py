@@ -146,7 +146,8 @@ def train_vae(folder: Path, images: torch.Tensor, recipe: VaeRecipe) -> Any:
         noise = torch.randn(recipe.batch, CONFIG["z_dim"], 1, side, side, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             l1, edges, kl = compute(pixels, noise)
-        (l1 + recipe.edge_weight * edges + recipe.kl_weight * kl).backward()
+        loss = l1 + recipe.edge_weight * edges + recipe.kl_weight * kl
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -174,7 +175,7 @@ def one_cycle(steps: int, warmup: int) -> Callable[[int], float]:
 def reconstruct(vae: Any, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
     """[N, 4, S, S] uint8 -> [N, 3, S, S] float32 in [-1, 1], through the posterior's mean."""
     parts = []
-    for chunk in images.split(batch):
+    for chunk in torch.split(images, batch):
         latents = vae.encode(on_white(chunk)[:, :, None]).latent_dist.mode()
         parts.append(vae.decode(latents).sample[:, :, 0].clamp(-1, 1))
     return torch.cat(parts)
@@ -184,7 +185,7 @@ def reconstruct(vae: Any, images: torch.Tensor, batch: int = 64) -> torch.Tensor
 def measure_latents(vae: Any, images: torch.Tensor, batch: int = 64) -> None:
     """Set `latents_mean` and `latents_std` to what the pictures' latents have, per channel."""
     parts = []
-    for chunk in images.split(batch):
+    for chunk in torch.split(images, batch):
         parts.append(vae.encode(on_white(chunk)[:, :, None]).latent_dist.mode())
     latents = torch.cat(parts)  # [N, C, 1, h, w]
     mean = [round(value, 5) for value in latents.mean(dim=(0, 2, 3, 4)).tolist()]
