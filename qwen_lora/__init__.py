@@ -63,12 +63,12 @@ __all__ = [
 ]
 
 
-def open_shards(path: str | Path, generation: str | None = None) -> ShardSet:
-    """Open a shard set for reading, without torch: its newest generation, or the manifest file
-    named. Raises InputError when there is none, ShardError when it is damaged."""
+def open_shards(place: str | Path, generation: str | None = None) -> ShardSet:
+    """Open a shard set, a folder or a URL, for reading, without torch: its newest generation, or
+    the manifest file named. Raises InputError when there is none, ShardError when it is damaged."""
     from qwen_lora.shards.reader import ShardSet
 
-    return ShardSet.open(path, generation)
+    return ShardSet.open(place, generation)
 
 
 def __getattr__(name: str) -> Any:

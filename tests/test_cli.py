@@ -171,17 +171,40 @@ def test_wrong_usage_is_exit_2(arguments: list[str], stages: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("precompute", "photos", "--output", "s3://bucket/shards"),
         ("precompute", "hf://datasets/photos"),
-        ("train", "https://example.org/shards"),
         ("train", "--output", "gs://bucket/run"),
     ],
 )
 def test_a_url_is_not_taken_for_a_folder(arguments: Any, stages: dict[str, Any]) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
-    assert "is a URL; this version reads local folders only" in result.stderr
+    assert "is a URL; a local folder is needed here" in result.stderr
     assert "train" not in stages and "precompute" not in stages
+
+
+def test_shard_sets_may_be_urls(stages: dict[str, Any]) -> None:
+    assert invoke("train", "https://example.org/set/", "~/mine").exit_code == 0
+    first, second = stages["train"].shards
+    assert first.path == "https://example.org/set"
+    assert second.path == Path("~/mine").expanduser()
+    assert invoke("precompute", "photos", "--output", "s3://bucket/set").exit_code == 0
+    assert stages["precompute"].shards_dir == "s3://bucket/set"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://me:hunter2@example.org/set", "holds credentials"),
+        ("https://hunter2@example.org/set", "holds credentials"),
+        ("https://example.org/set?token=hunter2", "has no ? or # part"),
+        ("https://example.org/set#hunter2", "has no ? or # part"),
+    ],
+)
+def test_a_set_url_holds_no_secret(url: str, reason: str, stages: dict[str, Any]) -> None:
+    result = invoke("train", url)
+    assert result.exit_code == 2 and reason in result.stderr
+    assert "hunter2" not in result.stdout + result.stderr
+    assert "train" not in stages
 
 
 def test_wrong_settings_are_said_by_one_process(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(help="Look at shard sets.", no_args_is_help=True, rich_markup_mode=None)
 
-Folder = Annotated[Path, typer.Argument(metavar="SHARDS", help="The shard set's folder.")]
+Place = Annotated[str, typer.Argument(metavar="SHARDS", help="The shard set: a folder or a URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
-def info(path: Folder = Path("shards"), as_json: AsJson = False) -> None:
+def info(path: Place = "shards", as_json: AsJson = False) -> None:
     """Say what a shard set holds: counts, buckets, recipe, encoders.
 
     \b
@@ -30,7 +29,7 @@ def info(path: Folder = Path("shards"), as_json: AsJson = False) -> None:
 
 @app.command()
 def verify(
-    path: Folder = Path("shards"),
+    path: Place = "shards",
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every record too: shapes, finite values.")
     ] = False,
@@ -62,7 +61,7 @@ def verify(
 
 @app.command("list")
 def list_samples(
-    path: Folder = Path("shards"),
+    path: Place = "shards",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     urls: Annotated[
         bool, typer.Option("--urls", help="The shard files, as plain webdataset takes them.")

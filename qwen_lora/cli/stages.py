@@ -35,7 +35,7 @@ EncoderModel = Annotated[
     ),
 ]
 ShardsOut = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--output", metavar="SHARDS", help="The shard set. [default: shards]"),
 ]
 Resolutions = Annotated[
@@ -56,8 +56,10 @@ NoSourceNames = Annotated[
 ]
 # ---- train -----------------------------------------------------------------------------------
 ShardSets = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="SHARDS", help="Shard sets. [default: shards]", show_default=False),
+    list[str] | None,
+    typer.Argument(
+        metavar="SHARDS", help="Shard sets: folders or URLs. [default: shards]", show_default=False
+    ),
 ]
 TrainModel = Annotated[
     str | None,

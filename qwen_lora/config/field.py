@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -58,6 +59,7 @@ def facts(field: FieldInfo) -> SettingFacts:
 
 # One slash is enough: a Path, as the command line gives it, has lost the second.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_FULL_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def _local_path(value: Any) -> Any:
@@ -68,8 +70,25 @@ def _local_path(value: Any) -> Any:
     if not text.strip():
         raise ValueError("a path is needed, this one is empty")
     if _URL.match(text):
-        raise ValueError(f"{text!r} is a URL; this version reads local folders only")
+        raise ValueError(f"{text!r} is a URL; a local folder is needed here")
     return Path(text).expanduser()
+
+
+def _set_place(value: Any) -> Any:
+    """A local folder, or the URL of a shard set as it was written. Secrets are kept out of URLs,
+    which settings files, logs and reports repeat."""
+    if not isinstance(value, str) or not _FULL_URL.match(value):
+        return _local_path(value)
+    parts = urlsplit(value)
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]} holds credentials; leave them "
+            "out: they are read from the environment, ~/.netrc or the hub's own store"
+        )
+    if parts.query or parts.fragment:
+        shown = value.partition("?")[0].partition("#")[0]
+        raise ValueError(f"{shown}: a shard set's URL has no ? or # part; name its folder")
+    return value.rstrip("/")
 
 
 def _as_list(value: Any) -> Any:
@@ -126,6 +145,7 @@ def _typed_leaves(value: Any) -> Any:
 
 
 LocalPath = Annotated[Path, BeforeValidator(_local_path)]
+SetPlace = Annotated[Path | str, BeforeValidator(_set_place)]
 ListOf = BeforeValidator(_as_list)
 ListOrNone = BeforeValidator(_none_is_empty)
 SplitCommas = BeforeValidator(_split_commas)

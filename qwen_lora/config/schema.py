@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen_lora.config.data import DataConfig
-from qwen_lora.config.field import LocalPath, Section, setting
+from qwen_lora.config.field import Section, SetPlace, setting
 from qwen_lora.config.stage1 import PrecomputeSettings
 from qwen_lora.config.stage2 import ShardSource, TrainSettings
 
@@ -30,8 +30,11 @@ class CommonSettings(Section):
     data_config: DataConfig = setting(
         DataConfig(), "Images and captions.", command="both", changes="shards"
     )
-    shards_dir: LocalPath = setting(
-        Path("shards"), "Where the shard set is.", command="both", changes="nothing"
+    shards_dir: SetPlace = setting(
+        Path("shards"),
+        "Where the shard set is: a folder or a URL.",
+        command="both",
+        changes="nothing",
     )
     seed: int = setting(
         0, "Seed of every random choice.", command="both", changes="result", ge=0, lt=2**63

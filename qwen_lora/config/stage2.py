@@ -12,6 +12,7 @@ from qwen_lora.config.field import (
     ListOrNone,
     LocalPath,
     Section,
+    SetPlace,
     SplitCommas,
     TypedLeaves,
     setting,
@@ -27,7 +28,7 @@ def _path_as_source(value: Any) -> Any:
 class ShardSource(Section):
     """One entry of `shards`."""
 
-    path: LocalPath
+    path: SetPlace
     weight: float = setting(1.0, "Visits an epoch.", command="train", changes="result", gt=0)
 
 

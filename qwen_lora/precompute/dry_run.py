@@ -37,7 +37,7 @@ def preview(settings: Settings) -> PrecomputeSummary:
     Only the tokenizer is loaded. Bad files are those whose name, caption or header tells; damage in
     the pixels shows when they are decoded. Raises InputError when there is too little space.
     """
-    folder = settings.shards_dir
+    folder = planning.local_output(settings)
     model = light_model(settings)
     existing = ExistingSet.load(folder)
     recipe = make_recipe(settings)

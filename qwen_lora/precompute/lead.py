@@ -61,7 +61,7 @@ class Lead:
 
     def __init__(self, settings: Settings, model: ModelFolder, local: Path) -> None:
         self.settings, self.model, self.local = settings, model, local
-        self.folder = settings.shards_dir
+        self.folder = planning.local_output(settings)
         self.recipe = make_recipe(settings)
         self.failures = RememberedFailures(local / "failures.json")
 

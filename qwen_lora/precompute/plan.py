@@ -48,6 +48,15 @@ class Images:
     partial: list[Skip] = field(default_factory=list)  # too small for one of several resolutions
 
 
+def local_output(settings: Settings) -> Path:
+    """The folder that gets the shards. Raises InputError for a URL."""
+    if isinstance(settings.shards_dir, str):
+        raise InputError(
+            f"--output {settings.shards_dir} is a URL; shards are written to a local folder"
+        )
+    return settings.shards_dir
+
+
 def dataset_folder(settings: Settings) -> Path:
     """Raises InputError when no dataset is named, or when it holds the output folder."""
     dataset = settings.data_config.img_dir
@@ -55,9 +64,10 @@ def dataset_folder(settings: Settings) -> Path:
         raise InputError("no dataset: name a folder of images, or set data_config.img_dir")
     if not dataset.exists():
         raise InputError(f"dataset {dataset} does not exist")
-    if settings.shards_dir.resolve().is_relative_to(dataset.resolve()):
+    output = local_output(settings)
+    if output.resolve().is_relative_to(dataset.resolve()):
         raise InputError(
-            f"the output {settings.shards_dir} lies inside the dataset {dataset}; name another "
+            f"the output {output} lies inside the dataset {dataset}; name another "
             "--output, or its shards would be read as input the next time"
         )
     return dataset

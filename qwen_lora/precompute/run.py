@@ -20,7 +20,7 @@ from qwen_lora.precompute.order import (
     failures_from_json,
     failures_to_json,
 )
-from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder
+from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder, local_output
 from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
 from qwen_lora.precompute.world import World
@@ -49,19 +49,19 @@ def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
     if dry_run:
         from qwen_lora.precompute.dry_run import preview
 
-        with output_errors(settings.shards_dir, InputError, PUT_RIGHT):
+        with output_errors(local_output(settings), InputError, PUT_RIGHT):
             return preview(settings)
     world = World.from_environment()
     with stop_on_signals(), world.guard():
         model = _resolve(settings, world)
         with (
-            output_errors(settings.shards_dir, QwenLoraError, CONTINUE),
+            output_errors(local_output(settings), QwenLoraError, CONTINUE),
             _locked(settings, world) as local,
         ):
             if world.first:
                 from qwen_lora.precompute.lead import Lead
 
-                with output_errors(settings.shards_dir, InputError, PUT_RIGHT):
+                with output_errors(local_output(settings), InputError, PUT_RIGHT):
                     lead = Lead(settings, model, local)
                     order = lead.plan()
                 world.share(order.to_json() if world.size > 1 else None)
@@ -95,7 +95,7 @@ def _resolve(settings: Settings, world: World) -> ModelFolder:
 @contextmanager
 def _locked(settings: Settings, world: World) -> Iterator[Path]:
     """SHARDS/.local, held by rank 0 for all; what a killed run left in it is swept."""
-    folder = settings.shards_dir
+    folder = local_output(settings)
     local = folder / ".local"
     if not world.first:
         yield local
@@ -119,7 +119,7 @@ def _encode(
     device = pick_device(world.local_rank)
     placement = placement_on(device, model, settings)
     station = Station(
-        folder=settings.shards_dir,
+        folder=local_output(settings),
         local=local,
         settings=settings,
         fingerprint=order.fingerprint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 from qwen_lora.errors import ShardError
 from qwen_lora.hashing import CHUNK_BYTES, sha256_hex
@@ -23,45 +23,46 @@ from qwen_lora.shards.tar import BLOCK, MEMBERS, canonical_header, padded, tar_b
 
 
 def scan_tar(
-    path: Path,
+    file: BinaryIO,
+    tar: str,
     rows: Sequence[SidecarRow],
     on_record: Callable[[SidecarRow, bytes, bytes], None],
 ) -> tuple[str, int, list[str]]:
-    """sha256 and length of a tar, and everything in it that is not as `rows` and the format say.
+    """sha256 and length of an open tar, and all in it that is not as `rows` and the format say.
 
+    `tar` is its name for messages; it is read from where `file` stands, to be its beginning.
     Canonical headers, member hashes, zero padding, one end and nothing behind it; only one record
     is held in memory. `on_record` gets each record whose hashes are right; its ShardErrors count.
     """
     problems: list[str] = []
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
+    length = os.fstat(file.fileno()).st_size
 
-        def take(size: int) -> bytes:
-            data = file.read(size)
-            digest.update(data)
-            return data
+    def take(size: int) -> bytes:
+        data = file.read(size)
+        digest.update(data)
+        return data
 
-        for row in rows:
-            if row.end > length:
-                problems.append(f"{path.name}: ends before sample {row.sample_id} does")
-                break
-            members = [_member(take, row, name, path.name, problems) for name in MEMBERS]
-            if None in members:
-                continue
-            try:
-                on_record(row, *(data for data in members if data is not None))
-            except ShardError as error:
-                problems.append(str(error))
-        end = rows[-1].end if rows else 0
-        tail = take(max(0, min(length, tar_bytes(end)) - file.tell()))
-        if length != tar_bytes(end) or tail.strip(b"\0"):
-            problems.append(
-                f"{path.name}: does not end as a tar after its last member ({length} bytes, "
-                f"{tar_bytes(end)} expected)"
-            )
-        while take(CHUNK_BYTES):
-            pass
+    for row in rows:
+        if row.end > length:
+            problems.append(f"{tar}: ends before sample {row.sample_id} does")
+            break
+        members = [_member(take, row, name, tar, problems) for name in MEMBERS]
+        if None in members:
+            continue
+        try:
+            on_record(row, *(data for data in members if data is not None))
+        except ShardError as error:
+            problems.append(str(error))
+    end = rows[-1].end if rows else 0
+    tail = take(max(0, min(length, tar_bytes(end)) - file.tell()))
+    if length != tar_bytes(end) or tail.strip(b"\0"):
+        problems.append(
+            f"{tar}: does not end as a tar after its last member ({length} bytes, "
+            f"{tar_bytes(end)} expected)"
+        )
+    while take(CHUNK_BYTES):
+        pass
     return digest.hexdigest(), length, problems
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_lora.errors import InputError, ShardError
-from qwen_lora.hashing import canonical_json, sha256_file, sha256_hex
+from qwen_lora.hashing import canonical_json, sha256_hex
 from qwen_lora.shards.format import (
     FORMAT_MAJOR,
     NAME_HEX,
@@ -23,10 +22,11 @@ from qwen_lora.shards.format import (
 from qwen_lora.shards.record import LATENT_NAMES
 from qwen_lora.shards.safe import parse_json, printable
 from qwen_lora.shards.sidecar import Sidecar, decode_fingerprint, decode_sidecar
+from qwen_lora.shards.store import Place, Store, opened_store
 
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 64 << 20  # a million samples need about 4 MiB
-_LISTED_MAX_BYTES = 1 << 30  # of one small listed file
+LISTED_MAX_BYTES = 1 << 30  # of one small listed file
 KNOWN_FEATURES: frozenset[str] = frozenset()
 _NAMES = {
     "tar": r"shard-[0-9a-f]{12}\.tar",
@@ -102,7 +102,7 @@ def _check_version(value: dict[str, Any], what: str) -> None:
 def _file(value: Any, kind: str) -> FileEntry:
     entry = FileEntry(**value)
     _check_name(entry.name, kind)
-    most = 1 << 48 if kind == "tar" else _LISTED_MAX_BYTES
+    most = 1 << 48 if kind == "tar" else LISTED_MAX_BYTES
     if type(entry.bytes) is not int or not 0 < entry.bytes <= most or not _is_sha256(entry.sha256):
         raise ValueError(f"entry of {entry.name}")
     if entry.name.split("-")[1][:NAME_HEX] != entry.sha256[:NAME_HEX] and kind != "sidecar":
@@ -157,103 +157,99 @@ def _texts(value: Any) -> bool:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
+def load_manifest(place: Place, name: str = MANIFEST) -> tuple[Manifest, str]:
     """A generation and the name of its own file `manifest-<hash>.json`.
 
     Raises InputError when there is no shard set or the asked generation is gone, ShardError when a
     manifest's bytes are not those its name promises.
     """
-    _check_local(folder)
-    if not folder.is_dir():
-        raise InputError(f"no shard set at {folder}: run `qwen-lora precompute` or name its folder")
-    path = folder / name
+    with opened_store(place) as store:
+        data = _manifest_bytes(store, name)
+        what = store.where(name)
+        generation = content_name("manifest", sha256_hex(data), ".json")
+        if name != MANIFEST and name != generation:
+            raise ShardError(f"{what} is damaged: its content belongs to {generation}")
+        manifest = decode_manifest(data, what)
+        if name == MANIFEST and not _has_generation(store, generation):
+            raise ShardError(
+                f"{what} is damaged or was edited: there is no {generation}, which it is a copy "
+                "of; restore it from the newest manifest-*.json"
+            )
+        return manifest, generation
+
+
+def _manifest_bytes(store: Store, name: str) -> bytes:
+    if name != MANIFEST and not re.fullmatch(_NAMES["previous"], name):
+        raise InputError(f"{name!r} is not a generation: give the name of a manifest-*.json")
+    if not store.exists():
+        raise InputError(
+            f"no shard set at {store.label}: run `qwen-lora precompute` or name its folder"
+        )
+    try:
+        return store.read(name, MANIFEST_MAX_BYTES)
+    except FileNotFoundError:
+        pass
     if name != MANIFEST:
-        if not re.fullmatch(_NAMES["previous"], name):
-            raise InputError(f"{name!r} is not a generation: give the name of a manifest-*.json")
-        if not path.is_file():
-            raise InputError(f"{folder} has no generation {name}: it was pruned, or the set moved")
-    if not path.is_file():
-        found = "an unfinished precompute" if any(folder.glob("shard-*.tar")) else "no manifest"
-        raise InputError(
-            f"{folder} holds {found} ({name} is missing): run `qwen-lora precompute` to the end"
-        )
-    if path.stat().st_size > MANIFEST_MAX_BYTES:
-        raise ShardError(f"{path}: {path.stat().st_size} bytes are more than a manifest can have")
-    data = path.read_bytes()
-    generation = content_name("manifest", sha256_hex(data), ".json")
-    if name != MANIFEST and name != generation:
-        raise ShardError(f"{path} is damaged: its content belongs to {generation}")
-    manifest = decode_manifest(data, str(path))
-    if name == MANIFEST and not (folder / generation).is_file():
-        raise ShardError(
-            f"{path} is damaged or was edited: there is no {generation}, which it is a copy of; "
-            "restore it from the newest manifest-*.json"
-        )
-    return manifest, generation
+        raise InputError(f"{store.label} has no generation {name}: it was pruned, or the set moved")
+    unfinished = any(map(re.compile(_NAMES["tar"]).fullmatch, store.names() or ()))
+    found = "an unfinished precompute" if unfinished else "no manifest"
+    raise InputError(
+        f"{store.label} holds {found} ({name} is missing): run `qwen-lora precompute` to the end"
+    )
 
 
-def _check_local(folder: Path) -> None:
-    """Raises InputError for a URL; pathlib has folded its double slash."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", folder.as_posix()):
-        raise InputError(
-            f"{folder.as_posix()}: remote sets are not supported by this version; "
-            "copy it to a folder"
-        )
+def _has_generation(store: Store, name: str) -> bool:
+    try:
+        store.read(name, MANIFEST_MAX_BYTES)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def damaged_generations(folder: Path) -> list[str]:
-    """Names of kept generations whose content is not what their name promises."""
+def damaged_generations(place: Place) -> list[str]:
+    """Names of kept generations whose content is not what their name promises; none where a store
+    cannot list its files."""
     damaged = []
-    for path in sorted(folder.glob("manifest-*.json")):
-        sound = path.is_file() and path.stat().st_size <= MANIFEST_MAX_BYTES
-        if not sound or content_name("manifest", sha256_file(path), ".json") != path.name:
-            damaged.append(path.name)
+    with opened_store(place) as store:
+        for name in filter(re.compile(r"manifest-.*\.json").fullmatch, store.names() or ()):
+            try:
+                data = store.read(name, MANIFEST_MAX_BYTES)
+                sound = content_name("manifest", sha256_hex(data), ".json") == name
+            except (ShardError, OSError):
+                sound = False
+            if not sound:
+                damaged.append(name)
     return damaged
 
 
-def read_listed(folder: Path, entry: FileEntry) -> bytes:
+def read_listed(place: Place, entry: FileEntry) -> bytes:
     """A small listed file (sidecar, unconditional, ...), checked against its hash."""
-    path = folder / entry.name
-    check_length(path, entry.bytes)
-    data = path.read_bytes()
-    if sha256_hex(data) != entry.sha256:
-        raise ShardError(
-            f"{path} is damaged: sha256 {sha256_hex(data)[:NAME_HEX]}, the manifest says "
-            f"{entry.sha256[:NAME_HEX]}; copy it again from its source"
-        )
-    return data
+    with opened_store(place) as store:
+        data = store.read_listed(entry)
+        if sha256_hex(data) != entry.sha256:
+            raise ShardError(
+                f"{store.where(entry.name)} is damaged: sha256 {sha256_hex(data)[:NAME_HEX]}, the "
+                f"manifest says {entry.sha256[:NAME_HEX]}; copy it again from its source"
+            )
+        return data
 
 
-def check_length(path: Path, expected: int) -> None:
-    """Raises ShardError unless `path` is a regular file of the length that the manifest says."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; copy it again from its source") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
-        raise ShardError(
-            f"{path} has {found.st_size} bytes, the manifest says {expected}; "
-            "copy it again from its source"
-        )
-
-
-def read_sidecar(folder: Path, entry: ShardEntry) -> Sidecar:
+def read_sidecar(place: Place, entry: ShardEntry) -> Sidecar:
     """A shard's sidecar, checked against the manifest's hash and count."""
-    sidecar = decode_sidecar(read_listed(folder, entry.sidecar), str(folder / entry.sidecar.name))
+    with opened_store(place) as store:
+        what = store.where(entry.sidecar.name)
+        sidecar = decode_sidecar(read_listed(store, entry.sidecar), what)
     if len(sidecar.rows) != entry.samples:
-        raise ShardError(
-            f"{folder / entry.sidecar.name}: {len(sidecar.rows)} samples, the manifest says "
-            f"{entry.samples}"
-        )
+        raise ShardError(f"{what}: {len(sidecar.rows)} samples, the manifest says {entry.samples}")
     return sidecar
 
 
-def read_retired(folder: Path, manifest: Manifest) -> frozenset[str]:
+def read_retired(place: Place, manifest: Manifest) -> frozenset[str]:
     """Ids of samples that are in the shards but no longer live."""
     if manifest.retired is None:
         return frozenset()
-    data = read_listed(folder, manifest.retired)
-    value = parse_json(data, manifest.retired.name, _LISTED_MAX_BYTES)
+    data = read_listed(place, manifest.retired)
+    value = parse_json(data, manifest.retired.name, LISTED_MAX_BYTES)
     if not _texts(value):
         raise ShardError(f"{manifest.retired.name}: not a list of sample ids")
     return frozenset(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from qwen_lora.shards.format import FORMAT_MAJOR, FORMAT_MINOR, Manifest
 from qwen_lora.shards.manifest import read_listed
 from qwen_lora.shards.record import RecordShape, check_tensors, check_values, make_tensors
 from qwen_lora.shards.safe import TensorEntry, parse_json, parse_tensor_header, tensor_metadata
+from qwen_lora.shards.store import Place, opened_store
 
 if TYPE_CHECKING:
     import torch
@@ -136,15 +136,18 @@ def _numbers(values: Any, count: int) -> list[float]:
     return values
 
 
-def read_rgb(folder: Path, manifest: Manifest) -> RgbMap | None:
+def read_rgb(place: Place, manifest: Manifest) -> RgbMap | None:
     """The set's map, None when it has none. Raises ShardError."""
     entry = manifest.rgb
     if entry is None:
         return None
-    what = str(folder / entry.name)
-    if entry.bytes > RGB_MAX_BYTES:
-        raise ShardError(f"{what}: {entry.bytes} bytes are more than a latent-to-RGB map can have")
-    data = read_listed(folder, entry)
+    with opened_store(place) as store:
+        what = store.where(entry.name)
+        if entry.bytes > RGB_MAX_BYTES:
+            raise ShardError(
+                f"{what}: {entry.bytes} bytes are more than a latent-to-RGB map can have"
+            )
+        data = read_listed(store, entry)
     return decode_rgb(data, manifest.latent_channels, manifest.latent_scale, what)
 
 
@@ -208,18 +211,19 @@ def _prompts(data: bytes, what: str) -> list[str]:
     return prompts
 
 
-def read_previews(folder: Path, manifest: Manifest) -> list[PreviewPrompt]:
+def read_previews(place: Place, manifest: Manifest) -> list[PreviewPrompt]:
     """The set's preview prompts, none when it has none. Raises ShardError."""
     if manifest.previews is None:
         return []
-    data = read_listed(folder, manifest.previews)
-    return decode_previews(data, manifest.text_width, str(folder / manifest.previews.name))
+    with opened_store(place) as store:
+        what = store.where(manifest.previews.name)
+        return decode_previews(read_listed(store, manifest.previews), manifest.text_width, what)
 
 
-def read_prompts(folder: Path, manifest: Manifest) -> list[str]:
+def read_prompts(place: Place, manifest: Manifest) -> list[str]:
     """The texts of the set's preview prompts, checked as `read_previews` does, without torch."""
     if manifest.previews is None:
         return []
-    what = str(folder / manifest.previews.name)
-    data = read_listed(folder, manifest.previews)
-    return _check_previews(data, manifest.text_width, what)[0]
+    with opened_store(place) as store:
+        what = store.where(manifest.previews.name)
+        return _check_previews(read_listed(store, manifest.previews), manifest.text_width, what)[0]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from qwen_lora.errors import ShardError
 from qwen_lora.hashing import sha256_hex
-from qwen_lora.shards.format import Manifest, RecordMeta
+from qwen_lora.shards.format import FileEntry, Manifest, RecordMeta
 from qwen_lora.shards.manifest import (
     MANIFEST,
-    check_length,
     fingerprint_difference,
     load_manifest,
     read_listed,
@@ -33,13 +31,12 @@ from qwen_lora.shards.record import (
     unconditional_shape,
 )
 from qwen_lora.shards.sidecar import decode_table
+from qwen_lora.shards.store import Place, Store, open_store
 from qwen_lora.shards.table import SampleTable, join_tables
 from qwen_lora.shards.tar import tar_bytes
 
 if TYPE_CHECKING:
     import torch
-
-OPEN_FILES = 64  # tars held open at once
 
 
 class ShardSet:
@@ -50,45 +47,52 @@ class ShardSet:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, generation: str, table: SampleTable
+        self, store: Store, manifest: Manifest, generation: str, table: SampleTable
     ) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.store, self.manifest = store, manifest
         self.generation = generation  # file name of the manifest's generation
         self.table = table
-        self._files = _OpenFiles()
+        self._files = _OpenFiles(store)
         channels, scale = manifest.latent_channels, manifest.latent_scale
         self._channels, self._scale = channels, scale
         self._latent_names = LATENT_NAMES[manifest.posterior]
 
     @classmethod
-    def open(cls, path: str | Path, generation: str | None = None) -> ShardSet:
-        """Open the newest generation, or a named one (`manifest-<hash>.json`).
+    def open(cls, place: Place, generation: str | None = None) -> ShardSet:
+        """Open the newest generation, or a named one (`manifest-<hash>.json`), of a folder or URL.
 
-        Raises InputError when there is no set at `path` or it needs a newer version, ShardError
+        Raises InputError when there is no set at `place` or it needs a newer version, ShardError
         when a file of it is missing or not what the manifest says.
         """
-        folder = Path(path)
-        return cls.of_manifest(folder, *load_manifest(folder, generation or MANIFEST))
+        store = open_store(place)
+        try:
+            return cls.of_manifest(store, *load_manifest(store, generation or MANIFEST))
+        except BaseException:
+            if store is not place:
+                store.close()
+            raise
 
     @classmethod
-    def of_manifest(cls, folder: Path, manifest: Manifest, generation: str) -> ShardSet:
+    def of_manifest(cls, place: Place, manifest: Manifest, generation: str) -> ShardSet:
         """Open what a manifest lists; it may be one that is yet to be published."""
+        store = open_store(place)
+        store.prepare(entry.sidecar for entry in manifest.shards)
         parts = []
         for index, entry in enumerate(manifest.shards):
-            check_length(folder / entry.tar.name, entry.tar.bytes)
-            parts.append(_table(folder, manifest, index))
+            store.check(entry.tar)
+            parts.append(_table(store, manifest, index))
         table = join_tables(parts)
-        retired = read_retired(folder, manifest)
+        retired = read_retired(store, manifest)
         if retired:
             live = (sample not in retired for sample in table.sample_id)
             table = table.take(np.fromiter(live, np.bool_, len(table)))
         if twins := table.repeated():
             first, second = (manifest.shards[table.shard[row]].tar.name for row in sorted(twins))
             raise ShardError(
-                f"{folder}: sample {table.sample_id[twins[0]]} stands in {first} and in {second}; "
-                "copy the set again from its source"
+                f"{store.label}: sample {table.sample_id[twins[0]]} stands in {first} and in "
+                f"{second}; copy the set again from its source"
             )
-        return cls(folder, manifest, generation, table)
+        return cls(store, manifest, generation, table)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -126,28 +130,28 @@ class ShardSet:
     def unconditional(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The empty prompt's embedding [T, D] bfloat16 and mask [T] bool."""
         entry = self.manifest.unconditional
-        data = read_listed(self.folder, entry)
+        data = read_listed(self.store, entry)
         shape = unconditional_shape(data, self.manifest.text_width, entry.name)
         tensors = decode_tensors(data, shape, None, entry.name)
         return tensors["prompt_embeds.0"], tensors["prompt_mask.0"]
 
     def rgb_map(self) -> RgbMap | None:
         """The linear map from latents to RGB, None when the set has none. Imports no torch."""
-        return read_rgb(self.folder, self.manifest)
+        return read_rgb(self.store, self.manifest)
 
     def preview_prompts(self) -> list[PreviewPrompt]:
         """The prompts that previews draw, with their embeddings; empty when the set has none."""
-        return read_previews(self.folder, self.manifest)
+        return read_previews(self.store, self.manifest)
 
     def where(self, row: int) -> str:
         tar = self.manifest.shards[int(self.table.shard[row])].tar.name
-        return f"{self.folder / tar}, sample {self.table.sample_id[row]}"
+        return f"{self.store.where(tar)}, sample {self.table.sample_id[row]}"
 
     def _member(self, row: int, member: int) -> bytearray:
         table = self.table
         entry = self.manifest.shards[int(table.shard[row])].tar
         offset, size = int(table.member_offsets[row, member]), int(table.member_bytes[row, member])
-        data = self._files.read(self.folder / entry.name, entry.bytes, offset, size)
+        data = self._files.read(entry, offset, size)
         found = sha256_hex(data)
         if found != table.member_sha256[row, member].tobytes().hex():
             raise ShardError(
@@ -158,6 +162,7 @@ class ShardSet:
 
     def close(self) -> None:
         self._files.close()
+        self.store.close()
 
     def __enter__(self) -> ShardSet:
         return self
@@ -171,15 +176,15 @@ class ShardSet:
         self.close()
 
 
-def _table(folder: Path, manifest: Manifest, index: int) -> SampleTable:
+def _table(store: Store, manifest: Manifest, index: int) -> SampleTable:
     """One shard's rows, its sidecar checked against the manifest."""
     entry = manifest.shards[index]
-    what = str(folder / entry.sidecar.name)
-    fingerprint, table = decode_table(read_listed(folder, entry.sidecar), what, index)
+    what = store.where(entry.sidecar.name)
+    fingerprint, table = decode_table(read_listed(store, entry.sidecar), what, index)
     if fingerprint.hash != manifest.fingerprint.hash:
         lines = fingerprint_difference(manifest.fingerprint, fingerprint)
         raise ShardError(
-            f"{folder / entry.tar.name} was made with other encoders than the manifest says "
+            f"{store.where(entry.tar.name)} was made with other encoders than the manifest says "
             f"({'; '.join(lines)}); run precompute again into a new folder"
         )
     if len(table) != entry.samples or tar_bytes(table.end) != entry.tar.bytes:
@@ -195,41 +200,52 @@ def _table(folder: Path, manifest: Manifest, index: int) -> SampleTable:
 class _OpenFiles:
     """Tars open for positional reads, the least recently used closed first."""
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._readers: dict[int, int] = {}  # descriptor -> reads under way
-        self._most = OPEN_FILES
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._readers: Counter[str] = Counter()  # reads under way
+        self._most = store.open_files
         self._lock = threading.Lock()
 
-    def read(self, path: Path, length: int, offset: int, size: int) -> bytearray:
-        descriptor = self._borrow(path, length)
+    def read(self, entry: FileEntry, offset: int, size: int) -> bytearray:
+        file = self._borrow(entry)
         try:
-            return _read_at(descriptor, offset, size)
+            return _read_at(file.fileno(), offset, size)
         finally:
             with self._lock:
-                self._readers[descriptor] -= 1
+                self._readers[entry.name] -= 1
                 self._close_surplus()
 
-    def _borrow(self, path: Path, length: int) -> int:
+    def _borrow(self, entry: FileEntry) -> BinaryIO:
+        if (file := self._take(entry.name, None)) is not None:
+            return file
+        opened = self._store.open(entry)  # may wait for a download: nobody else waits with it
+        file = self._take(entry.name, opened)
+        assert file is not None
+        if file is not opened:
+            opened.close()
+        return file
+
+    def _take(self, name: str, opened: BinaryIO | None) -> BinaryIO | None:
+        """The open file of that name, else `opened`; counted as being read."""
         with self._lock:
             if self._most == 0:
-                raise ValueError(f"{path.parent}: this shard set was closed")
-            descriptor = self._open.pop(path, None)
-            if descriptor is None:
-                check_length(path, length)
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            self._open[path] = descriptor
-            self._readers[descriptor] = self._readers.get(descriptor, 0) + 1
-            return descriptor
+                if opened is not None:
+                    opened.close()
+                raise ValueError(f"{self._store.label}: this shard set was closed")
+            file = self._open.pop(name, opened)
+            if file is not None:
+                self._open[name] = file
+                self._readers[name] += 1
+            return file
 
     def _close_surplus(self) -> None:
         """Close the oldest files that nobody reads, until few enough are open."""
         surplus = len(self._open) - self._most
-        idle = [path for path, descriptor in self._open.items() if not self._readers[descriptor]]
-        for path in idle[: max(surplus, 0)]:
-            descriptor = self._open.pop(path)
-            del self._readers[descriptor]
-            os.close(descriptor)
+        idle = [name for name in self._open if not self._readers[name]]
+        for name in idle[: max(surplus, 0)]:
+            self._open.pop(name).close()
+            del self._readers[name]
 
     def close(self) -> None:
         """Close what nobody reads; a read under way closes its file when it ends."""

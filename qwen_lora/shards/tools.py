@@ -5,30 +5,31 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.manifest import load_manifest, read_sidecar
 from qwen_lora.shards.previews import read_prompts, read_rgb
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.safe import printable
+from qwen_lora.shards.store import Place, opened_store
 
 _SHOWN = 12  # lines of a histogram
 
 
-def info(path: str | Path) -> dict[str, Any]:
+def info(path: Place) -> dict[str, Any]:
     """Counts, buckets, tokens, bytes, fingerprints and makers of a set, as JSON values.
 
     Reads the manifest, one sidecar and what previews need. Raises InputError or ShardError as
     `load_manifest` does.
     """
-    folder = Path(path)
-    manifest, generation = load_manifest(folder)
-    first = read_sidecar(folder, manifest.shards[0]) if manifest.shards else None
-    rgb = read_rgb(folder, manifest)
+    with opened_store(path) as store:
+        manifest, generation = load_manifest(store)
+        first = read_sidecar(store, manifest.shards[0]) if manifest.shards else None
+        rgb = read_rgb(store, manifest)
+        prompts = read_prompts(store, manifest)
+        label = store.label
     return {
-        "path": str(path),
+        "path": label,
         "generation": generation,
         "format": f"{manifest.format_major}.{manifest.format_minor}",
         "model": manifest.model,
@@ -39,7 +40,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "posterior": manifest.posterior,
         "latent_channels": manifest.latent_channels,
         "text_width": manifest.text_width,
-        "preview_prompts": read_prompts(folder, manifest),
+        "preview_prompts": prompts,
         "rgb_map": rgb and {"scale": rgb.scale, "mean_abs_error": rgb.mean_abs_error},
         "fingerprint": asdict(manifest.fingerprint)
         | {
@@ -111,7 +112,7 @@ def _histogram(title: str, counts: dict[str, int]) -> list[str]:
     return lines
 
 
-def list_samples(path: str | Path) -> Iterator[dict[str, Any]]:
+def list_samples(path: Place) -> Iterator[dict[str, Any]]:
     """One dict a live sample, hashes checked: ids, bucket, tokens, shard, and the JSON member."""
     with ShardSet.open(path) as shards:
         table = shards.table
@@ -125,8 +126,8 @@ def list_samples(path: str | Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def shard_urls(path: str | Path) -> list[str]:
+def shard_urls(path: Place) -> list[str]:
     """The tar files of the newest generation, as plain webdataset takes them."""
-    folder = Path(path)
-    manifest: Manifest = load_manifest(folder)[0]
-    return [str(folder / entry.tar.name) for entry in manifest.shards]
+    with opened_store(path) as store:
+        manifest = load_manifest(store)[0]
+        return [store.where(entry.tar.name) for entry in manifest.shards]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from qwen_lora.errors import ShardError
 from qwen_lora.progress import Progress
 from qwen_lora.shards.check import check_record, scan_tar
 from qwen_lora.shards.format import NAME_HEX, Manifest, ShardEntry
 from qwen_lora.shards.manifest import (
-    check_length,
     damaged_generations,
     load_manifest,
     read_listed,
@@ -27,6 +25,7 @@ from qwen_lora.shards.record import (
     unconditional_shape,
 )
 from qwen_lora.shards.sidecar import Sidecar, SidecarRow
+from qwen_lora.shards.store import Place, Store, opened_store
 
 
 @dataclass
@@ -47,45 +46,44 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(path: str | Path, deep: bool = False) -> VerifyReport:
+def verify(path: Place, deep: bool = False) -> VerifyReport:
     """Check a shard set; `deep` decodes every record too (shapes, finite values).
 
     All problems are collected. Raises InputError only when there is no shard set at `path` or this
     version cannot read its format.
     """
-    folder = Path(path)
-    report = VerifyReport(str(path), deep=deep)
-    try:
-        manifest, report.generation = load_manifest(folder)
-    except ShardError as error:
-        report.problems.append(str(error))
-        return report
-    with Progress("verifying", len(manifest.shards), "shards") as progress:
-        sidecars = []
-        for entry in manifest.shards:
-            sidecar = _verify_shard(folder, manifest, entry, report, deep)
-            if sidecar is not None:
-                sidecars.append((entry, sidecar))
-            progress.update()
-    _verify_rest(folder, manifest, sidecars, report)
-    listed = {file.name for entry in manifest.shards for file in (entry.tar, entry.sidecar)}
-    for other in sorted(folder.glob("shard-*")):
-        if other.name not in listed:
-            report.notes.append(f"{other.name} is in no shard of this generation")
+    with opened_store(path) as store:
+        report = VerifyReport(store.label, deep=deep)
+        try:
+            manifest, report.generation = load_manifest(store)
+        except ShardError as error:
+            report.problems.append(str(error))
+            return report
+        with Progress("verifying", len(manifest.shards), "shards") as progress:
+            sidecars = []
+            for entry in manifest.shards:
+                sidecar = _verify_shard(store, manifest, entry, report, deep)
+                if sidecar is not None:
+                    sidecars.append((entry, sidecar))
+                progress.update()
+        _verify_rest(store, manifest, sidecars, report)
+        listed = {file.name for entry in manifest.shards for file in (entry.tar, entry.sidecar)}
+        for name in store.names() or ():
+            if name.startswith("shard-") and name not in listed:
+                report.notes.append(f"{name} is in no shard of this generation")
     return report
 
 
 def _verify_shard(
-    folder: Path, manifest: Manifest, entry: ShardEntry, report: VerifyReport, deep: bool
+    store: Store, manifest: Manifest, entry: ShardEntry, report: VerifyReport, deep: bool
 ) -> Sidecar | None:
     try:
-        sidecar = read_sidecar(folder, entry)
+        sidecar = read_sidecar(store, entry)
         if sidecar.fingerprint.hash != manifest.fingerprint.hash:
             raise ShardError(f"{entry.sidecar.name}: another fingerprint than the manifest's")
     except (ShardError, OSError) as error:
         report.problems.append(str(error))
         sidecar = None
-    path = folder / entry.tar.name
     scale = manifest.latent_scale
 
     def on_record(row: SidecarRow, facts: bytes, tensors: bytes) -> None:
@@ -98,9 +96,9 @@ def _verify_shard(
             raise ShardError(f"{what}: its bucket is not a multiple of {scale} pixels")
 
     try:
-        check_length(path, entry.tar.bytes)
         rows = sidecar.rows if sidecar is not None else ()
-        sha256, length, problems = scan_tar(path, rows, on_record)
+        with store.open(entry.tar) as file:
+            sha256, length, problems = scan_tar(file, entry.tar.name, rows, on_record)
     except (ShardError, OSError) as error:
         report.problems.append(str(error))
         return sidecar
@@ -111,27 +109,29 @@ def _verify_shard(
         report.problems += problems
     if sha256 != entry.tar.sha256:
         report.problems.append(
-            f"{path} is damaged: sha256 {sha256[:NAME_HEX]}, the manifest says "
-            f"{entry.tar.sha256[:NAME_HEX]}; copy it again from its source"
+            f"{store.where(entry.tar.name)} is damaged: sha256 {sha256[:NAME_HEX]}, the manifest "
+            f"says {entry.tar.sha256[:NAME_HEX]}; copy it again from its source"
         )
     return sidecar
 
 
-def _check_unconditional(folder: Path, manifest: Manifest) -> None:
+def _check_unconditional(store: Store, manifest: Manifest) -> None:
     entry = manifest.unconditional
-    data = read_listed(folder, entry)
+    data = read_listed(store, entry)
     shape = unconditional_shape(data, manifest.text_width, entry.name)
     check_values(data, check_tensors(data, shape, entry.name), entry.name)
 
 
 def _verify_rest(
-    folder: Path,
+    store: Store,
     manifest: Manifest,
     sidecars: list[tuple[ShardEntry, Sidecar]],
     report: VerifyReport,
 ) -> None:
-    for name in damaged_generations(folder):
-        report.problems.append(f"{folder / name} is damaged: its content belongs to another name")
+    for name in damaged_generations(store):
+        report.problems.append(
+            f"{store.where(name)} is damaged: its content belongs to another name"
+        )
     for entry, check in (
         (manifest.unconditional, _check_unconditional),
         (manifest.previews, read_prompts),
@@ -140,7 +140,7 @@ def _verify_rest(
     ):
         if entry is not None:
             try:
-                check(folder, manifest)
+                check(store, manifest)
                 report.bytes += entry.bytes
             except (ShardError, OSError) as error:
                 report.problems.append(str(error))
@@ -153,7 +153,7 @@ def _verify_rest(
                     f"sample {row.sample_id} stands in {other} and in {shard.tar.name}"
                 )
     try:
-        retired = read_retired(folder, manifest)
+        retired = read_retired(store, manifest)
     except (ShardError, OSError) as error:
         if str(error) not in report.problems:
             report.problems.append(str(error))

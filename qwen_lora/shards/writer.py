@@ -10,15 +10,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any
 
 from qwen_lora.errors import ShardError
 from qwen_lora.hashing import canonical_json, sha256_hex
-from qwen_lora.posix import publish_file, temporary_file, write_atomic
+from qwen_lora.posix import temporary_file
 from qwen_lora.shards.check import check_record, scan_tar
 from qwen_lora.shards.format import FileEntry, Fingerprint, Manifest, RecordMeta, ShardEntry
 from qwen_lora.shards.manifest import (
+    LISTED_MAX_BYTES,
     MANIFEST,
     content_name,
     decode_manifest,
@@ -37,12 +38,12 @@ from qwen_lora.shards.sidecar import (
     decode_sidecar,
     encode_sidecar,
 )
-from qwen_lora.shards.tar import BLOCK, MEMBERS, canonical_header, padded
+from qwen_lora.shards.store import Place, Store, opened_store
+from qwen_lora.shards.tar import BLOCK, MEMBERS, canonical_header, padded, tar_bytes
 
 if TYPE_CHECKING:
     import torch
 
-LOCAL = ".local"
 _TEMPORARY = "shard-part-"
 
 
@@ -88,48 +89,46 @@ def predicted_record_bytes(
 
 
 def write_shard(
-    folder: Path,
+    place: Place,
     samples: Iterable[EncodedSample],
     fingerprint: Fingerprint,
     made_by: dict[str, Any],
 ) -> ShardEntry:
     """Publish one shard and its sidecar. Samples come in sample-id order, at least one."""
-    local = _local(folder)
-    rows: list[SidecarRow] = []
-    with temporary_file(local, _TEMPORARY) as (file, path):
-        hashed = _HashingFile(file)
-        _write_tar(hashed, samples, rows)
-    if not rows:
-        path.unlink()
-        raise ValueError("a shard needs at least one sample")
-    sha256 = hashed.digest.hexdigest()
-    tar = FileEntry(content_name("shard", sha256, ".tar"), hashed.position, sha256)
-    sidecar_name = content_name("shard", sha256, ".json")
-    try:
-        _check_layout(path, rows)
-        data = _sidecar_bytes(folder / sidecar_name, Sidecar(fingerprint, made_by, tuple(rows)))
-    except BaseException:
-        path.unlink()
-        raise
-    publish_file(path, folder / tar.name)
-    write_atomic(folder / sidecar_name, data, local)
-    return ShardEntry(tar, FileEntry(sidecar_name, len(data), sha256_hex(data)), len(rows))
+    with opened_store(place) as store:
+        rows: list[SidecarRow] = []
+        with temporary_file(store.scratch, _TEMPORARY) as (file, path):
+            hashed = _HashingFile(file)
+            _write_tar(hashed, samples, rows)
+        if not rows:
+            path.unlink()
+            raise ValueError("a shard needs at least one sample")
+        sha256 = hashed.digest.hexdigest()
+        tar = FileEntry(content_name("shard", sha256, ".tar"), hashed.position, sha256)
+        name = content_name("shard", sha256, ".json")
+        try:
+            _check_layout(path, rows)
+            data = _sidecar_bytes(store, name, Sidecar(fingerprint, made_by, tuple(rows)))
+        except BaseException:
+            path.unlink()
+            raise
+        store.publish(path, tar)
+        store.write(name, data)
+        return ShardEntry(tar, FileEntry(name, len(data), sha256_hex(data)), len(rows))
 
 
-def _sidecar_bytes(path: Path, sidecar: Sidecar) -> bytes:
+def _sidecar_bytes(store: Store, name: str, sidecar: Sidecar) -> bytes:
     """A new sidecar's bytes; those of the present one if it differs in `made_by` alone, because an
     older generation may list it by its hash."""
     data = encode_sidecar(sidecar)
     decode_sidecar(data, "new sidecar")  # what is published can be read: ids, order, layout
-    if path.is_file():
-        present = path.read_bytes()
-        try:
-            old = decode_sidecar(present, path.name)
-        except ShardError:
-            return data
-        if (old.fingerprint.hash, old.rows) == (sidecar.fingerprint.hash, sidecar.rows):
-            return present
-    return data
+    try:
+        present = store.read(name, LISTED_MAX_BYTES)
+        old = decode_sidecar(present, name)
+    except (FileNotFoundError, ShardError):
+        return data
+    same = (old.fingerprint.hash, old.rows) == (sidecar.fingerprint.hash, sidecar.rows)
+    return present if same else data
 
 
 def _write_tar(
@@ -208,16 +207,18 @@ class _HashingFile:
         """The temporary is closed by its owner."""
 
 
-def sweep_temporaries(folder: Path) -> int:
+def sweep_temporaries(place: Place) -> int:
     """Remove what killed writers left in `.local/`; call it while holding the set's lock."""
-    stale = [*_local(folder).glob(f"{_TEMPORARY}*.tmp"), *_local(folder).glob(".*.tmp")]
+    with opened_store(place) as store:
+        scratch = store.scratch
+    stale = [*scratch.glob(f"{_TEMPORARY}*.tmp"), *scratch.glob(".*.tmp")]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
 
 
 def adoptable_shards(
-    folder: Path, fingerprint: Fingerprint, listed: frozenset[str] = frozenset()
+    place: Place, fingerprint: Fingerprint, listed: frozenset[str] = frozenset()
 ) -> list[tuple[ShardEntry, Sidecar]]:
     """Whole shards with this fingerprint that are not among `listed` (tar names of a manifest).
 
@@ -225,27 +226,32 @@ def adoptable_shards(
     tar whose sidecar is missing, or that is damaged, is left alone; the same bytes come again under
     its name.
     """
-    found = []
-    for path in sorted(folder.glob("shard-*.tar")):
-        side = path.with_suffix(".json")
-        if path.name in listed or not side.is_file():
-            continue
-        data = side.read_bytes()
-        try:
-            sidecar = decode_sidecar(data, side.name)
-        except ShardError:
-            continue
+    with opened_store(place) as store:
+        names = [name for name in store.names() or () if PurePath(name).match("shard-*.tar")]
+        found = (_adoptable(store, name, fingerprint) for name in names if name not in listed)
+        return [shard for shard in found if shard is not None]
+
+
+def _adoptable(
+    store: Store, name: str, fingerprint: Fingerprint
+) -> tuple[ShardEntry, Sidecar] | None:
+    side = name.removesuffix(".tar") + ".json"
+    try:
+        data = store.read(side, LISTED_MAX_BYTES)
+        sidecar = decode_sidecar(data, side)
         if not sidecar.rows or sidecar.fingerprint.hash != fingerprint.hash:
-            continue
-        sha256, length, problems = scan_tar(
-            path, sidecar.rows, partial(_check_adopted, fingerprint, path.name)
-        )
-        if problems or path.name != content_name("shard", sha256, ".tar"):
-            continue
-        tar = FileEntry(path.name, length, sha256)
-        entry = FileEntry(side.name, len(data), sha256_hex(data))
-        found.append((ShardEntry(tar, entry, len(sidecar.rows)), sidecar))
-    return found
+            return None
+        with store.open_unlisted(name, tar_bytes(sidecar.rows[-1].end)) as file:
+            sha256, length, problems = scan_tar(
+                file, name, sidecar.rows, partial(_check_adopted, fingerprint, name)
+            )
+    except (FileNotFoundError, ShardError):
+        return None
+    if problems or name != content_name("shard", sha256, ".tar"):
+        return None
+    tar = FileEntry(name, length, sha256)
+    entry = FileEntry(side, len(data), sha256_hex(data))
+    return ShardEntry(tar, entry, len(sidecar.rows)), sidecar
 
 
 def _check_adopted(
@@ -259,7 +265,7 @@ def _check_adopted(
 
 
 def write_unconditional(
-    folder: Path, prompt_embeds: torch.Tensor, prompt_mask: torch.Tensor
+    place: Place, prompt_embeds: torch.Tensor, prompt_mask: torch.Tensor
 ) -> FileEntry:
     """Publish the embedding of the empty prompt: [T, D] bfloat16 and [T] bool."""
     from safetensors.torch import save
@@ -267,44 +273,46 @@ def write_unconditional(
     data = save(
         {"prompt_embeds.0": prompt_embeds.contiguous(), "prompt_mask.0": prompt_mask.contiguous()}
     )
-    return write_listed(folder, "unconditional", data, ".safetensors")
+    return write_listed(place, "unconditional", data, ".safetensors")
 
 
-def write_previews(folder: Path, prompts: Sequence[PreviewPrompt]) -> FileEntry:
+def write_previews(place: Place, prompts: Sequence[PreviewPrompt]) -> FileEntry:
     """Publish preview prompts with their embeddings, at least one."""
-    return write_listed(folder, "previews", encode_previews(prompts), ".safetensors")
+    return write_listed(place, "previews", encode_previews(prompts), ".safetensors")
 
 
-def write_rgb(folder: Path, rgb: RgbMap) -> FileEntry:
+def write_rgb(place: Place, rgb: RgbMap) -> FileEntry:
     """Publish the linear map from latents to RGB."""
-    return write_listed(folder, "rgb", encode_rgb(rgb), ".json")
+    return write_listed(place, "rgb", encode_rgb(rgb), ".json")
 
 
-def write_retired(folder: Path, sample_ids: Iterable[str]) -> FileEntry | None:
+def write_retired(place: Place, sample_ids: Iterable[str]) -> FileEntry | None:
     """Publish the list of retired samples; None when it is empty."""
     names = sorted(set(sample_ids))
-    return write_listed(folder, "retired", canonical_json(names), ".json") if names else None
+    return write_listed(place, "retired", canonical_json(names), ".json") if names else None
 
 
-def write_listed(folder: Path, kind: str, data: bytes, suffix: str) -> FileEntry:
+def write_listed(place: Place, kind: str, data: bytes, suffix: str) -> FileEntry:
     """Publish a small file under its content name."""
     sha256 = sha256_hex(data)
     entry = FileEntry(content_name(kind, sha256, suffix), len(data), sha256)
-    write_atomic(folder / entry.name, data, _local(folder))
+    with opened_store(place) as store:
+        store.write(entry.name, data)
     return entry
 
 
-def publish_manifest(folder: Path, manifest: Manifest) -> str:
+def publish_manifest(place: Place, manifest: Manifest) -> str:
     """Publish a generation and point `manifest.json` at it; returns the generation's name."""
     data = encode_manifest(manifest)
     decode_manifest(data, "new manifest")
-    entry = write_listed(folder, "manifest", data, ".json")
-    write_atomic(folder / MANIFEST, data, _local(folder))
+    entry = write_listed(place, "manifest", data, ".json")
+    with opened_store(place) as store:
+        store.write(MANIFEST, data)
     return entry.name
 
 
 def build_manifest(
-    folder: Path,
+    place: Place,
     *,
     shards: Sequence[ShardEntry],
     fingerprint: Fingerprint,
@@ -343,14 +351,8 @@ def build_manifest(
 
     def sidecars() -> Iterable[tuple[ShardEntry, Sidecar]]:
         for entry in ordered:
-            yield entry, read_sidecar(folder, entry)
+            yield entry, read_sidecar(place, entry)
             on_shard()
 
-    counts, histograms = summarize_rows(sidecars(), read_retired(folder, draft))
+    counts, histograms = summarize_rows(sidecars(), read_retired(place, draft))
     return replace(draft, counts=counts, histograms=histograms)
-
-
-def _local(folder: Path) -> Path:
-    local = folder / LOCAL
-    local.mkdir(parents=True, exist_ok=True)
-    return local

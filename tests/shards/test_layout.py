@@ -21,6 +21,7 @@ from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.record import encode_record
 from qwen_lora.shards.safe import JSON_MEMBER_MAX_BYTES
 from qwen_lora.shards.sidecar import encode_sidecar
+from qwen_lora.shards.store import FolderStore
 from qwen_lora.shards.tar import BLOCK, TAR_RECORD, canonical_header
 from qwen_lora.shards.verify import verify
 from qwen_lora.shards.writer import (
@@ -207,7 +208,7 @@ def load_unconditional(folder: Path, entry: ShardEntry) -> FileEntry:
 
 
 def test_few_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(FolderStore, "open_files", 2)
     samples = sorted_samples(6)
     publish(tmp_path, [write_one(tmp_path, [sample]) for sample in samples])
     with ShardSet.open(tmp_path) as shards:

@@ -94,7 +94,7 @@ def data_facts(plan: DataPlan, sources: Sources, rgb: RgbMap | None) -> DataFact
         groups=_groups(table, sources.sets),
         sets=[
             SetFacts(
-                name=by_name(shard_set.folder),
+                name=by_name(shard_set.store.label),
                 samples=len(shard_set),
                 weight=weight,
                 fingerprint=shard_set.manifest.fingerprint.hash[:12],

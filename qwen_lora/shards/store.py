@@ -1,0 +1,203 @@
+"""Where the files of one shard set lie: a folder, or a URL. Names are always bare file names.
+
+A store moves bytes. What they must be is the manifest's to say: `manifest` and `reader` check
+hashes. Functions that take a `Place` accept a folder, a URL or an open store.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from qwen_lora.errors import InputError, ShardError
+from qwen_lora.posix import publish_file, write_atomic
+from qwen_lora.shards.format import FileEntry
+
+LOCAL = ".local"  # this machine's own part of a set's folder
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_FOLDED_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib has folded the double slash
+
+
+class Store(ABC):
+    """The files of one set. Safe to use from several threads."""
+
+    label: str  # what people call it; no secret in it
+    is_remote = False
+    open_files = 64  # shards held open at once by one reader
+
+    def where(self, name: str) -> str:
+        """A file's name for messages."""
+        return f"{self.label}/{name}"
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is anything that could hold a set: a folder, a server that answers."""
+
+    @abstractmethod
+    def read(self, name: str, most_bytes: int) -> bytes:
+        """A whole small file, as it is now. Raises FileNotFoundError, ShardError for a longer one
+        and for what is no regular file."""
+
+    @abstractmethod
+    def check(self, file: FileEntry) -> None:
+        """Raises ShardError unless a listed file is there with its length; a remote one is looked
+        at when it is first opened, not here."""
+
+    def prepare(self, files: Iterable[FileEntry]) -> None:  # noqa: B027 - most need nothing
+        """Have small listed files at hand: a remote store fetches them side by side."""
+
+    @abstractmethod
+    def open(self, file: FileEntry) -> BinaryIO:
+        """A listed file of exactly `file.bytes` bytes, for reading at any position, unbuffered; its
+        content is for the caller to check. Waits for a remote one to arrive, whose sha256 has
+        then been checked. Raises ShardError when it is missing or of another length."""
+
+    def read_listed(self, file: FileEntry) -> bytes:
+        """A small listed file, whole; as `open`."""
+        with self.open(file) as opened:
+            return opened.read()
+
+    @abstractmethod
+    def open_unlisted(self, name: str, size: int) -> BinaryIO:
+        """A file of `size` bytes that no manifest vouches for, unbuffered: the caller checks it.
+        Raises ShardError when it is missing or of another length."""
+
+    @abstractmethod
+    def names(self) -> list[str] | None:
+        """The names there are, sorted; None where they cannot be listed."""
+
+    # ---- writing ---------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def scratch(self) -> Path:
+        """A local folder for temporaries, on the same disk as a local set."""
+
+    @abstractmethod
+    def publish(self, temporary: Path, file: FileEntry) -> None:
+        """Give a finished, fsynced file of `scratch` its content name; it leaves `scratch`."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or not at all, and durably."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is not there is no error."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections and locks."""
+
+
+Place = str | Path | Store
+
+
+class FolderStore(Store):
+    """A set in a local folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.label = str(folder)
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def exists(self) -> bool:
+        return self.folder.is_dir()
+
+    def read(self, name: str, most_bytes: int) -> bytes:
+        path = self.folder / name
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a named pipe would be waited for
+            raise ShardError(f"{path} is not a regular file")
+        if facts.st_size > most_bytes:
+            raise ShardError(f"{path}: {facts.st_size} bytes are more than it can have")
+        return path.read_bytes()
+
+    def check(self, file: FileEntry) -> None:
+        check_length(self.folder / file.name, file.bytes)
+
+    def open(self, file: FileEntry) -> BinaryIO:
+        return self.open_unlisted(file.name, file.bytes)
+
+    def open_unlisted(self, name: str, size: int) -> BinaryIO:
+        check_length(self.folder / name, size)
+        return open(self.folder / name, "rb", buffering=0)
+
+    def names(self) -> list[str] | None:
+        return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+
+    @property
+    def scratch(self) -> Path:
+        local = self.folder / LOCAL
+        local.mkdir(parents=True, exist_ok=True)
+        return local
+
+    def publish(self, temporary: Path, file: FileEntry) -> None:
+        publish_file(temporary, self.folder / file.name)
+
+    def write(self, name: str, data: bytes) -> None:
+        write_atomic(self.folder / name, data, self.scratch)
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def open_store(place: Place) -> Store:
+    """The store at a folder or URL; a store is returned as it is.
+
+    Raises InputError for a URL that this installation cannot read.
+    """
+    if isinstance(place, Store):
+        return place
+    url = as_url(place)
+    if url is None:
+        return FolderStore(Path(place))
+    from qwen_lora.shards.remote.store import open_remote_store
+
+    return open_remote_store(url)
+
+
+@contextmanager
+def opened_store(place: Place) -> Iterator[Store]:
+    """As `open_store`; closed at the end unless the caller's own store was given."""
+    store = open_store(place)
+    try:
+        yield store
+    finally:
+        if store is not place:
+            store.close()
+
+
+def as_url(place: str | Path) -> str | None:
+    """The URL that `place` is, if it is one. Raises InputError for a URL given as a Path."""
+    if isinstance(place, str):
+        return place if _URL.match(place) else None
+    if _FOLDED_URL.match(place.as_posix()):
+        raise InputError(f"{place.as_posix()} looks like a URL: give it as text, not as a path")
+    return None
+
+
+def check_length(path: Path, expected: int) -> None:
+    """Raises ShardError unless `path` is a regular file of the length that the manifest says."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; copy it again from its source") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
+        raise ShardError(
+            f"{path} has {found.st_size} bytes, the manifest says {expected}; "
+            "copy it again from its source"
+        )
