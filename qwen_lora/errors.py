@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import signal
 
+from qwen_lora.redact import redact
+
 
 class QwenLoraError(Exception):
-    """A failure that has a one-line explanation."""
+    """A failure that has a one-line explanation, which holds no secret: texts are redacted."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputError(QwenLoraError):

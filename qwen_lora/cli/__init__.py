@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from qwen_lora import __version__
 from qwen_lora.cli import more, shards, stages
 from qwen_lora.errors import QwenLoraError, Stopped
+from qwen_lora.redact import redact, redact_stderr
 
 
 class ExitCodes(TyperGroup):
@@ -24,7 +25,7 @@ class ExitCodes(TyperGroup):
         except QwenLoraError as error:
             if not _said_by_another(error):
                 said = str(error) if isinstance(error, Stopped) else f"error: {error}"
-                print(said, file=sys.stderr)
+                print(redact(said), file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             print("error: interrupted", file=sys.stderr)
@@ -93,4 +94,5 @@ app.command()(more.demo)
 
 def main() -> None:
     """The entry point `qwen-lora`."""
+    redact_stderr()
     app(prog_name="qwen-lora")

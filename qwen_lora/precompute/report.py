@@ -11,6 +11,7 @@ from typing import Any
 from qwen_lora.hashing import canonical_json
 from qwen_lora.posix import write_atomic
 from qwen_lora.precompute.types import Skip
+from qwen_lora.redact import redact
 
 REPORT_NAME = "report.jsonl"
 
@@ -110,7 +111,12 @@ def write_report(folder: Path, outcome: Outcome) -> Path:
 
 
 def _row(skip: Skip, outcome: str) -> dict[str, str]:
-    return {"file": skip.name, "outcome": outcome, "reason": skip.reason, "detail": skip.detail}
+    return {
+        "file": skip.name,
+        "outcome": outcome,
+        "reason": skip.reason,
+        "detail": redact(skip.detail),
+    }
 
 
 def skip_limit(seen: int, max_skip: int | None) -> int:

@@ -26,6 +26,7 @@ from qwen_lora.precompute.stopping import stop_on_signals
 from qwen_lora.precompute.world import World
 from qwen_lora.precompute.write import output_errors
 from qwen_lora.progress import Progress
+from qwen_lora.redact import redact_values
 from qwen_lora.shards.writer import sweep_temporaries
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def _locked(settings: Settings, world: World) -> Iterator[Path]:
             local.mkdir(parents=True, exist_ok=True)
             held.enter_context(exclusive_lock(local / "lock", f"the shard set {folder}"))
             sweep_temporaries(folder)
-            write_atomic(local / "settings.json", canonical_json(settings.model_dump(mode="json")))
+            values = redact_values(settings.model_dump(mode="json"))
+            write_atomic(local / "settings.json", canonical_json(values))
         yield local
 
 

@@ -21,7 +21,6 @@ from qwen_lora.train.lr_schedule import depends_on_max_steps
 
 # Compared by content or by a rule of their own, not by value.
 _OWN_RULE = {
-    "pretrained_model_name_or_path",
     "shards",
     "mixed_precision",
     "gradient_accumulation_steps",
@@ -30,8 +29,11 @@ _OWN_RULE = {
 
 
 def result_settings(settings: Settings) -> dict[str, Any]:
-    """Every setting that changes the result of training, flat, as JSON values."""
-    return dict(_flat(settings, settings.model_dump(mode="json"), ""))
+    """Every setting that changes the result of training, flat, as JSON values. Where things lie on
+    this machine stays out, since checkpoints and LoRA files are shared: of `shards` the weights."""
+    values = dict(_flat(settings, settings.model_dump(mode="json"), ""))
+    del values["pretrained_model_name_or_path"]
+    return values | {"shards": [{"weight": source.weight} for source in settings.shards]}
 
 
 def _flat(section: BaseModel, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -46,11 +48,6 @@ def _flat(section: BaseModel, values: dict[str, Any], prefix: str) -> Iterator[t
             and facts["changes"] == "result"
         ):
             yield f"{prefix}{name}", values[name]
-
-
-def settings_without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """For the LoRA file, which people share: where things lie on this machine stays out."""
-    return {k: v for k, v in values.items() if k not in ("pretrained_model_name_or_path", "shards")}
 
 
 def share_of_step(recorded: RunFacts | None, settings: Settings, world: int) -> tuple[int, int]:

@@ -157,13 +157,12 @@ def _export(job: _Job, state: TrainState) -> None:
     """Write lora.safetensors, then result.json and loss.png, by rank 0."""
     from qwen_lora.train.export import save_lora
     from qwen_lora.train.plot import plot_loss
-    from qwen_lora.train.resume import settings_without_paths
 
     run, settings, facts, model = job.run, job.settings, job.facts, job.model
     trainable = job.trainable
     provenance = {
         "steps": state.step,
-        "settings": settings_without_paths(facts.settings),
+        "settings": facts.settings,
         "shards": [
             {"fingerprint": fingerprint, "generation": generation}
             for fingerprint, generation in zip(facts.fingerprints, facts.generations, strict=True)

@@ -26,6 +26,7 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json, sha256_file
 from qwen_lora.posix import exclusive_lock, write_atomic
+from qwen_lora.redact import redact_values
 from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore, newest_good
 from qwen_lora.train.metrics import FILE as METRICS_FILE
 from qwen_lora.train.preview_files import PreviewFiles
@@ -79,7 +80,7 @@ class RunFolder:
         return PreviewFiles(self.path)
 
     def write_settings(self, settings: Settings) -> None:
-        values = settings.model_dump(mode="json")
+        values = redact_values(settings.model_dump(mode="json"))
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         try:
             write_atomic(self.path / SETTINGS, text.encode())

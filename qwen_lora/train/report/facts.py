@@ -19,6 +19,7 @@ from qwen_lora.config.field import Section
 from qwen_lora.config.names import fields, setting_facts, value_of
 from qwen_lora.config.schema import Settings
 from qwen_lora.config.template import yaml_text
+from qwen_lora.redact import redact_values
 from qwen_lora.train.report.pictures import data_uri
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def setting_lines(settings: Settings, model_id: str) -> tuple[list[tuple[str, st
             continue
         value = value_of(settings, key)
         is_default = value == fields()[key].get_default(call_default_factory=True)
-        shown: Any = without_folders(value)
+        shown: Any = redact_values(without_folders(value))
         if key == "pretrained_model_name_or_path" and value is not None:
             shown = model_id
         (default if is_default else changed).append((key, yaml_text(shown) or "(empty)"))
