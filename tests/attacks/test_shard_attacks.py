@@ -1,0 +1,113 @@
+"""Every named attack on a shard set, against every way of opening one, under an audit hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from audit_hook import Guard, guarded
+from forged_sets import Forgery
+from hostile_shards import ATTACKS, Attack
+
+from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.shards import tools
+from qwen_lora.shards.reader import ShardSet
+from qwen_lora.shards.verify import verify
+from qwen_lora.shards.writer import adoptable_shards
+from tests.shards.conftest import FINGERPRINT
+
+SECONDS, BYTES = 5.0, 256 << 20  # what one opening may take and let the process grow by
+
+Records = dict[str, tuple[bytes, bytes]]
+
+
+def read_all(folder: Path) -> Records:
+    with ShardSet.open(folder) as shards:
+        shards.unconditional()
+        shards.rgb_map()
+        shards.preview_prompts()
+        for row in range(len(shards)):
+            shards.read(row)
+        return {
+            shards.table.sample_id[row]: (bytes(meta), bytes(tensors))
+            for row in range(len(shards))
+            for meta, tensors in [shards.read_bytes(row)]
+        }
+
+
+USES: dict[str, Callable[[Path], object]] = {
+    "read": read_all,
+    "verify": verify,
+    "verify --deep": lambda folder: verify(folder, deep=True),
+    "info": lambda folder: tools.format_info(tools.info(folder)),
+    "list": lambda folder: list(tools.list_samples(folder)),
+    "adoption": lambda folder: adoptable_shards(folder, FINGERPRINT),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """What the forgeries were made from; using it once gets imports on first use over with."""
+    folder = tmp_path_factory.mktemp("attacks") / "sound"
+    Forgery(folder).publish()
+    for use in USES.values():
+        use(folder)
+    with guarded(folder) as guard:
+        for use in USES.values():
+            use(folder)
+    assert guard.violations == []
+    return read_all(folder)
+
+
+def attempt(use: Callable[[Path], object], folder: Path) -> tuple[Guard, object]:
+    """What the guard saw, and what came out: a value or one of this project's errors."""
+    outcome: object = None
+    with guarded(folder) as guard:
+        try:
+            outcome = use(folder)
+        except QwenLoraError as error:
+            outcome = error
+    return guard, outcome
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
+def test_it_is_refused_and_does_nothing(attack: Attack, sound: Records, tmp_path: Path) -> None:
+    folder, canary = tmp_path / "set", tmp_path / "canary"
+    attack.make(folder, canary)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for name, use in USES.items():
+        guard, outcome = attempt(use, folder)
+        assert guard.violations == [], name
+        assert guard.seconds < SECONDS and guard.grown_bytes < BYTES, name
+        if name == "read":
+            unharmed = attack.text or (attack.outside and outcome == sound)
+            assert isinstance(outcome, QwenLoraError) or unharmed, "it was read"
+        elif name.startswith("verify"):
+            found = isinstance(outcome, InputError) or not getattr(outcome, "ok", True)
+            assert found, "verify did not find it"
+        if isinstance(outcome, QwenLoraError):
+            assert "\n" not in str(outcome) and str(outcome).isprintable()
+    assert not canary.exists()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "place", ["pipe:touch CANARY", "|touch CANARY", "$(touch CANARY)", "-rf", "file:///etc"]
+)
+def test_a_place_is_a_folder_or_a_url_and_never_a_command(place: str, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    for use in (ShardSet.open, verify, tools.info):
+        with pytest.raises(InputError):
+            use(place.replace("CANARY", str(canary)))
+    with guarded(tmp_path) as guard:
+        try:
+            ShardSet.open(place.replace("CANARY", str(canary)))
+        except InputError:
+            pass
+    assert guard.violations == [] and not canary.exists()
+
+
+def test_there_are_as_many_attacks_as_the_documentation_says() -> None:
+    names = [attack.name for attack in ATTACKS]
+    assert len(set(names)) == len(names) >= 200
