@@ -88,6 +88,19 @@ def write_atomic(final: Path, data: bytes, temporary_folder: Path | None = None)
         raise
 
 
+def try_lock(file: IO[bytes], *, shared: bool) -> bool:
+    """Lock an open file if that can be had at once; held until it is closed. Where the platform has
+    no such locks, nobody else can have one either."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return False
+    return True
+
+
 @contextmanager
 def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """Hold `path` as a lock while the block runs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
@@ -38,6 +38,8 @@ from qwen_lora.shards.tar import tar_bytes
 if TYPE_CHECKING:
     import torch
 
+    from qwen_lora.shards.remote.cache import ShardCache
+
 
 class ShardSet:
     """One generation of a shard set, open for reading; safe to use from several threads.
@@ -58,13 +60,16 @@ class ShardSet:
         self._latent_names = LATENT_NAMES[manifest.posterior]
 
     @classmethod
-    def open(cls, place: Place, generation: str | None = None) -> ShardSet:
-        """Open the newest generation, or a named one (`manifest-<hash>.json`), of a folder or URL.
+    def open(
+        cls, place: Place, generation: str | None = None, cache: ShardCache | None = None
+    ) -> ShardSet:
+        """Open the newest generation, or a named one (`manifest-<hash>.json`), of a folder or URL;
+        what is remote is kept in `cache`, or the default one.
 
         Raises InputError when there is no set at `place` or it needs a newer version, ShardError
         when a file of it is missing or not what the manifest says.
         """
-        store = open_store(place)
+        store = open_store(place, cache)
         try:
             return cls.of_manifest(store, *load_manifest(store, generation or MANIFEST))
         except BaseException:
@@ -143,17 +148,26 @@ class ShardSet:
         """The prompts that previews draw, with their embeddings; empty when the set has none."""
         return read_previews(self.store, self.manifest)
 
+    def tar_of(self, row: int) -> FileEntry:
+        """The shard that holds a row."""
+        return self.manifest.shards[int(self.table.shard[row])].tar
+
     def where(self, row: int) -> str:
-        tar = self.manifest.shards[int(self.table.shard[row])].tar.name
+        tar = self.tar_of(row).name
         return f"{self.store.where(tar)}, sample {self.table.sample_id[row]}"
 
     def _member(self, row: int, member: int) -> bytearray:
         table = self.table
-        entry = self.manifest.shards[int(table.shard[row])].tar
+        entry = self.tar_of(row)
         offset, size = int(table.member_offsets[row, member]), int(table.member_bytes[row, member])
+        expected = table.member_sha256[row, member].tobytes().hex()
         data = self._files.read(entry, offset, size)
         found = sha256_hex(data)
-        if found != table.member_sha256[row, member].tobytes().hex():
+        if found != expected and self.store.repair(entry):  # the disk of a cache lost it
+            self._files.forget(entry)
+            data = self._files.read(entry, offset, size)
+            found = sha256_hex(data)
+        if found != expected:
             raise ShardError(
                 f"{self.where(row)}: damaged ({len(data)} of {size} bytes, sha256 {found[:12]}); "
                 "copy the shard again from its source, or delete it and run precompute again"
@@ -197,55 +211,73 @@ def _table(store: Store, manifest: Manifest, index: int) -> SampleTable:
     return table
 
 
+class _OpenFile:
+    """A tar with the number of reads under way; changed under the lock of its `_OpenFiles`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.reads, self.forgotten = file, 0, False
+
+
 class _OpenFiles:
     """Tars open for positional reads, the least recently used closed first."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._readers: Counter[str] = Counter()  # reads under way
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._most = store.open_files
         self._lock = threading.Lock()
 
     def read(self, entry: FileEntry, offset: int, size: int) -> bytearray:
-        file = self._borrow(entry)
+        opened = self._borrow(entry)
         try:
-            return _read_at(file.fileno(), offset, size)
+            return _read_at(opened.file.fileno(), offset, size)
         finally:
             with self._lock:
-                self._readers[entry.name] -= 1
+                opened.reads -= 1
+                if opened.forgotten and not opened.reads:
+                    opened.file.close()
                 self._close_surplus()
 
-    def _borrow(self, entry: FileEntry) -> BinaryIO:
-        if (file := self._take(entry.name, None)) is not None:
-            return file
-        opened = self._store.open(entry)  # may wait for a download: nobody else waits with it
-        file = self._take(entry.name, opened)
-        assert file is not None
-        if file is not opened:
-            opened.close()
-        return file
+    def forget(self, entry: FileEntry) -> None:
+        """Open it anew at the next read; reads under way end with the file that they have."""
+        with self._lock:
+            opened = self._open.pop(entry.name, None)
+            if opened is not None:
+                opened.forgotten = True
+                if not opened.reads:
+                    opened.file.close()
 
-    def _take(self, name: str, opened: BinaryIO | None) -> BinaryIO | None:
-        """The open file of that name, else `opened`; counted as being read."""
+    def _borrow(self, entry: FileEntry) -> _OpenFile:
+        opened = self._take(entry.name)
+        if opened is None:
+            file = self._store.open(entry)  # may wait for a download: nobody else waits with it
+            opened = self._take(entry.name, file)
+            assert opened is not None
+            if opened.file is not file:
+                file.close()
+        return opened
+
+    def _take(self, name: str, file: BinaryIO | None = None) -> _OpenFile | None:
+        """The open file of that name, else `file`; counted as being read."""
         with self._lock:
             if self._most == 0:
-                if opened is not None:
-                    opened.close()
+                if file is not None:
+                    file.close()
                 raise ValueError(f"{self._store.label}: this shard set was closed")
-            file = self._open.pop(name, opened)
-            if file is not None:
-                self._open[name] = file
-                self._readers[name] += 1
-            return file
+            opened = self._open.pop(name, None) or (_OpenFile(file) if file is not None else None)
+            if opened is not None:
+                self._open[name] = opened
+                opened.reads += 1
+            return opened
 
     def _close_surplus(self) -> None:
         """Close the oldest files that nobody reads, until few enough are open."""
         surplus = len(self._open) - self._most
-        idle = [name for name in self._open if not self._readers[name]]
-        for name in idle[: max(surplus, 0)]:
-            self._open.pop(name).close()
-            del self._readers[name]
+        if surplus <= 0:
+            return
+        idle = [name for name, opened in self._open.items() if not opened.reads]
+        for name in idle[:surplus]:
+            self._open.pop(name).file.close()
 
     def close(self) -> None:
         """Close what nobody reads; a read under way closes its file when it ends."""

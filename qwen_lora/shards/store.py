@@ -13,11 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from qwen_lora.errors import InputError, ShardError
 from qwen_lora.posix import publish_file, write_atomic
 from qwen_lora.shards.format import FileEntry
+
+if TYPE_CHECKING:
+    from qwen_lora.shards.remote.cache import ShardCache
 
 LOCAL = ".local"  # this machine's own part of a set's folder
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -65,6 +68,15 @@ class Store(ABC):
         with self.open(file) as opened:
             return opened.read()
 
+    def repair(self, file: FileEntry) -> bool:
+        """Drop a damaged copy that the next `open` can fetch again. False when there is no other to
+        be had, or the copy is right."""
+        return False
+
+    def fresh(self) -> Store:
+        """The same files as they are at their source now: no copy that was checked before."""
+        return self
+
     @abstractmethod
     def open_unlisted(self, name: str, size: int) -> BinaryIO:
         """A file of `size` bytes that no manifest vouches for, unbuffered: the caller checks it.
@@ -92,6 +104,11 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While the block runs, nobody waits for a download: calls that would, raise."""
+        yield
 
     @abstractmethod
     def close(self) -> None:
@@ -155,8 +172,8 @@ class FolderStore(Store):
         """Nothing is held."""
 
 
-def open_store(place: Place) -> Store:
-    """The store at a folder or URL; a store is returned as it is.
+def open_store(place: Place, cache: ShardCache | None = None) -> Store:
+    """The store at a folder or URL, whose files are kept in `cache`; a store is returned as it is.
 
     Raises InputError for a URL that this installation cannot read.
     """
@@ -167,7 +184,7 @@ def open_store(place: Place) -> Store:
         return FolderStore(Path(place))
     from qwen_lora.shards.remote.store import open_remote_store
 
-    return open_remote_store(url)
+    return open_remote_store(url, cache)
 
 
 @contextmanager

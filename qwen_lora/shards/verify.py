@@ -52,7 +52,8 @@ def verify(path: Place, deep: bool = False) -> VerifyReport:
     All problems are collected. Raises InputError only when there is no shard set at `path` or this
     version cannot read its format.
     """
-    with opened_store(path) as store:
+    with opened_store(path) as opened:
+        store = opened.fresh()
         report = VerifyReport(store.label, deep=deep)
         try:
             manifest, report.generation = load_manifest(store)

@@ -18,6 +18,7 @@ from qwen_lora.families.modules import compute_dtype
 from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
 from qwen_lora.shards.format import Manifest
+from qwen_lora.shards.remote.cache import GIB
 from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
@@ -214,6 +215,7 @@ def build_loaders(
         sampling,
         read_ahead=settings.read_ahead,
         pin_memory=on_gpu,
+        download_ahead_bytes=int(settings.shard_cache_gib * GIB) // 2,  # the rest is in use
     )
     # The measure must not depend on the run's seed.
     fixed = BatchRule(train_batch_size=1, micro_batches_per_step=1, seed=0)

@@ -6,17 +6,21 @@ A micro-batch's tensors are a pure function of (plan, epoch); threads only read 
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from qwen_lora.errors import QwenLoraError, ShardError
+from qwen_lora.shards.remote.store import RemoteStore
+from qwen_lora.train.look_ahead import LookAhead, RemoteFile
 from qwen_lora.train.plan import (
     UNCONDITIONAL,
     BatchRule,
@@ -88,7 +92,8 @@ class BatchLoader:
     """Loads the micro-batches of a plan from open shard sets.
 
     `threads` read and decode up to `read_ahead` micro-batches beyond the one in use; 0 reads in the
-    calling thread. Neither changes what is loaded. `pin_memory` is for copies to a GPU.
+    calling thread. Neither changes what is loaded. `pin_memory` is for copies to a GPU. While it
+    reads ahead, shards of remote sets are downloaded up to `download_ahead_bytes` before their use.
     """
 
     def __init__(
@@ -101,20 +106,24 @@ class BatchLoader:
         read_ahead: int = 4,
         threads: int = 2,
         pin_memory: bool = False,
+        download_ahead_bytes: int = 0,
     ) -> None:
         self._sets, self._table, self._rule, self._sampling = list(sets), table, rule, sampling
         self._read_ahead, self._threads, self._pin = read_ahead, max(1, threads), pin_memory
         self._unconditional = [shard_set.unconditional() for shard_set in sets]
         self._plans: dict[int, EpochPlan] = {}
+        self._planning = threading.Lock()
+        self._download_ahead_bytes = download_ahead_bytes
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. A few are kept: reading ahead may be several short epochs ahead."""
-        plan = self._plans.get(epoch)
-        if plan is None:
-            plan = self._plans[epoch] = plan_epoch(self._table, self._rule, epoch)
-            while self._too_many_plans():
-                del self._plans[min(self._plans)]
-        return plan
+        with self._planning:  # a look-ahead asks too
+            plan = self._plans.get(epoch)
+            if plan is None:
+                plan = self._plans[epoch] = plan_epoch(self._table, self._rule, epoch)
+                while self._too_many_plans():
+                    del self._plans[min(self._plans)]
+            return plan
 
     def _too_many_plans(self) -> bool:
         count, visits = len(self._plans), sum(len(plan.row) for plan in self._plans.values())
@@ -148,7 +157,11 @@ class BatchLoader:
         Errors of the reading threads are raised here, in order. Close the iterator (or exhaust it)
         to end its threads.
         """
-        for _, step, batches in self._prefetch(self._jobs(epoch, first_step, rank, world)):
+
+        def jobs() -> Iterator[_Job]:
+            return self._jobs(epoch, first_step, rank, world)
+
+        for _, step, batches in self._prefetch(jobs):
             yield step, batches
 
     def stream_epochs(
@@ -163,7 +176,7 @@ class BatchLoader:
                 yield from self._jobs(now, first, rank, world)
                 now, first = now + 1, 0
 
-        yield from self._prefetch(jobs())
+        yield from self._prefetch(jobs)
 
     def _jobs(self, epoch: int, first_step: int, rank: int, world: int) -> Iterator[_Job]:
         plan = self.plan(epoch)
@@ -171,30 +184,61 @@ class BatchLoader:
             yield epoch, step, share(plan.step(step), rank, world)
 
     def _prefetch(
-        self, jobs: Iterator[_Job]
+        self, jobs: Callable[[], Iterator[_Job]]
     ) -> Iterator[tuple[int, int, list[LoadedBatch | None]]]:
         """Load jobs in order, keeping at most `read_ahead` micro-batches waiting."""
         if self._read_ahead == 0:
-            for epoch, step, work in jobs:
+            for epoch, step, work in jobs():
                 yield epoch, step, [None if one is None else self.load(one, epoch) for one in work]
             return
-        tasks = _tasks(jobs)
+        tasks = _tasks(jobs())
         waiting: deque[tuple[_Task, Future[LoadedBatch | None]]] = deque()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="qwen-lora-read")
+        ahead = self._look_ahead(jobs())
         try:
             done: list[LoadedBatch | None] = []
-            while True:
+            for number in count():
                 for task in islice(tasks, self._read_ahead + 1 - len(waiting)):
                     waiting.append((task, pool.submit(self._load_task, task)))
                 if not waiting:
                     return
                 task, future = waiting.popleft()
                 done.append(future.result())
+                if ahead is not None:
+                    ahead.advance(number)
                 if task.last:
                     yield task.epoch, task.step, done
                     done = []
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if ahead is not None:
+                ahead.close()
+            with ExitStack() as stack:
+                for shard_set in self._sets:
+                    stack.enter_context(shard_set.store.interrupted())
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _look_ahead(self, jobs: Iterator[_Job]) -> LookAhead | None:
+        """Downloads for the same jobs, when a set is remote."""
+        remote = {
+            index: shard_set.store
+            for index, shard_set in enumerate(self._sets)
+            if isinstance(shard_set.store, RemoteStore)
+        }
+        if not remote or not self._download_ahead_bytes:
+            return None
+
+        def files() -> Iterator[Iterator[RemoteFile]]:
+            for task in _tasks(jobs):
+                visits = task.micro_batch.visits if task.micro_batch is not None else ()
+                rows = (visit.row for visit in visits)
+                places = ((int(self._table.set_index[row]), row) for row in rows)
+                yield (
+                    (remote[index], self._sets[index].tar_of(int(self._table.set_row[row])))
+                    for index, row in places
+                    if index in remote
+                )
+
+        return LookAhead(files(), self._download_ahead_bytes)
 
     def _load_task(self, task: _Task) -> LoadedBatch | None:
         return None if task.micro_batch is None else self.load(task.micro_batch, task.epoch)

@@ -14,6 +14,9 @@ from qwen_lora.config.schema import Settings, ShardSource
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.reader import ShardSet
+from qwen_lora.shards.remote.cache import ShardCache
+from qwen_lora.train.look_ahead import check_cache_holds
+from qwen_lora.train.plan import BLOCK_SHARDS
 
 if TYPE_CHECKING:
     from qwen_lora.train.ranks import Ranks
@@ -55,13 +58,14 @@ def open_sources(
             f"this run was started with {len(pinned)} shard sets and now has {len(chosen)}; name "
             "the same ones, choose another --output, or start over with --restart"
         )
-    names = ranks.on_main(lambda: _generations(chosen, pinned))
+    cache = ShardCache.default(settings.shard_cache_dir, settings.shard_cache_gib)
+    names = ranks.on_main(lambda: _generations(chosen, pinned, cache))
     with ExitStack() as stack:
 
         def open_all() -> tuple[ShardSet, ...]:
             sets = []
             for source, name in zip(chosen, names, strict=True):
-                shard_set = ShardSet.open(source.path, generation=name)
+                shard_set = ShardSet.open(source.path, generation=name, cache=cache)
                 stack.callback(shard_set.close)
                 sets.append(shard_set)
             return tuple(sets)
@@ -72,6 +76,7 @@ def open_sources(
         given = {f"{SECTION}.{key}" for key in settings.data_config.model_fields_set}
         for source, manifest in zip(chosen, sources.manifests, strict=True):
             check_against_manifest(settings, given, manifest, name=str(source.path))
+        check_cache_holds(sets, settings.shuffle, BLOCK_SHARDS, cache.most_bytes)
         yield sources
 
 
@@ -89,16 +94,18 @@ def model_name(settings: Settings, manifests: Sequence[Manifest]) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def _generations(chosen: Sequence[ShardSource], pinned: Sequence[str] | None) -> list[str]:
+def _generations(
+    chosen: Sequence[ShardSource], pinned: Sequence[str] | None, cache: ShardCache
+) -> list[str]:
     names = []
     for index, source in enumerate(chosen):
         wanted = pinned[index] if pinned is not None else None
         try:
-            shard_set = ShardSet.open(source.path, generation=wanted)
+            shard_set = ShardSet.open(source.path, generation=wanted, cache=cache)
         except QwenLoraError as error:
             if wanted is None:
                 raise
-            shard_set = ShardSet.open(source.path)
+            shard_set = ShardSet.open(source.path, cache=cache)
             print(
                 f"warning: generation {wanted}, which this run started with, cannot be opened "
                 f"({error}); trying the newest",
