@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -116,7 +117,7 @@ class ShardSet:
         """The JSON member of a row alone."""
         return decode_meta(self._member(row, 0), self.where(row))
 
-    def read_bytes(self, row: int) -> tuple[bytearray, bytearray]:
+    def read_bytes(self, row: int) -> tuple[memoryview, memoryview]:
         """The JSON and safetensors members of a row, hashes checked. Raises ShardError."""
         return self._member(row, 0), self._member(row, 1)
 
@@ -156,23 +157,26 @@ class ShardSet:
         tar = self.tar_of(row).name
         return f"{self.store.where(tar)}, sample {self.table.sample_id[row]}"
 
-    def _member(self, row: int, member: int) -> bytearray:
-        table = self.table
-        entry = self.tar_of(row)
+    def _member(self, row: int, member: int) -> memoryview:
+        entry, table = self.tar_of(row), self.table
         offset, size = int(table.member_offsets[row, member]), int(table.member_bytes[row, member])
-        expected = table.member_sha256[row, member].tobytes().hex()
         data = self._files.read(entry, offset, size)
-        found = sha256_hex(data)
-        if found != expected and self.store.repair(entry):  # the disk of a cache lost it
+        if self._intact(data, row, member):
+            return data
+        if self.store.repair(entry):  # the disk of a cache lost it
             self._files.forget(entry)
             data = self._files.read(entry, offset, size)
-            found = sha256_hex(data)
-        if found != expected:
-            raise ShardError(
-                f"{self.where(row)}: damaged ({len(data)} of {size} bytes, sha256 {found[:12]}); "
-                "copy the shard again from its source, or delete it and run precompute again"
-            )
-        return data
+            if self._intact(data, row, member):
+                return data
+        raise ShardError(
+            f"{self.where(row)}: damaged ({len(data)} of {size} bytes, sha256 "
+            f"{sha256_hex(data)[:12]}); "
+            "copy the shard again from its source, or delete it and run precompute again"
+        )
+
+    def _intact(self, data: memoryview, row: int, member: int) -> bool:
+        expected = self.table.member_sha256[row, member].tobytes()
+        return bool(hashlib.sha256(data).digest() == expected)
 
     def close(self) -> None:
         self._files.close()
@@ -227,7 +231,7 @@ class _OpenFiles:
         self._most = store.open_files
         self._lock = threading.Lock()
 
-    def read(self, entry: FileEntry, offset: int, size: int) -> bytearray:
+    def read(self, entry: FileEntry, offset: int, size: int) -> memoryview:
         opened = self._borrow(entry)
         try:
             return _read_at(opened.file.fileno(), offset, size)
@@ -289,17 +293,14 @@ class _OpenFiles:
 _seek_lock = threading.Lock()  # where there is no pread, a file's position is shared
 
 
-def _read_at(descriptor: int, offset: int, size: int) -> bytearray:
+def _read_at(descriptor: int, offset: int, size: int) -> memoryview:
     """`size` bytes, or fewer at the end of the file: the one buffer that is hashed and decoded."""
-    data = bytearray(size)
+    data = np.empty(size, np.uint8).data  # a bytearray would be zeroed first
     if not hasattr(os, "preadv"):  # Windows
         with _seek_lock, os.fdopen(os.dup(descriptor), "rb") as file:
             file.seek(offset)
-            del data[file.readinto(data) :]
-            return data
+            return data[: file.readinto(data)]
     done = 0
-    with memoryview(data) as view:
-        while done < size and (more := os.preadv(descriptor, [view[done:]], offset + done)):
-            done += more
-    del data[done:]
-    return data
+    while done < size and (more := os.preadv(descriptor, [data[done:]], offset + done)):
+        done += more
+    return data[:done]

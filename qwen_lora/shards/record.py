@@ -171,10 +171,13 @@ def check_values(
         elif entry.dtype not in _EXPONENT_BITS:
             raise ShardError(f"{what}: {name} is {entry.dtype}, which no record holds")
         else:
-            bits = np.uint16(_EXPONENT_BITS[entry.dtype])
             # Bytes of the buffer may be at any address: view(), not a cast, keeps them in place.
-            words = raw.view("<u2")
-            if bool(((words & bits) == bits).any()):
+            # Infinities and NaNs are the largest words of either sign: as signed numbers those
+            # with sign 0, as unsigned ones those with sign 1. Two maxima need no temporary.
+            bits = _EXPONENT_BITS[entry.dtype]
+            if raw.size and (
+                raw.view("<i2").max() >= bits or raw.view("<u2").max() >= 0x8000 + bits
+            ):
                 raise ShardError(f"{what}: {name} holds a NaN or an infinity")
 
 
@@ -203,12 +206,12 @@ def decode_tensors(
 def make_tensors(
     data: bytes | bytearray | memoryview, entries: Mapping[str, TensorEntry]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of checked entries: views of a bytearray, which must not change any more, or
-    copies of other data."""
+    """The tensors of checked entries: views of a buffer that can be written to, which must not
+    change any more, or copies of bytes that cannot."""
     import torch
 
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
-    buffer = data if isinstance(data, bytearray) else bytearray(data)
+    buffer = bytearray(data) if memoryview(data).readonly else data
     return {
         name: torch.frombuffer(
             buffer, dtype=dtypes[entry.dtype], count=math.prod(entry.shape), offset=entry.begin
