@@ -25,7 +25,9 @@ from qwen_lora.precompute.fingerprint import LATENT_DTYPE
 from qwen_lora.precompute.images import DecodeError, decode_image
 from qwen_lora.precompute.plan import record_meta
 from qwen_lora.precompute.previews import PromptPlan
+from qwen_lora.precompute.stored import StoredParts, StoredReader
 from qwen_lora.precompute.texts import (
+    Caption,
     StoredText,
     Texts,
     TextStore,
@@ -58,6 +60,7 @@ class Share:
     known_failures: Mapping[str, Skip]
     unconditional: bool  # this rank also encodes the empty prompt, if anything else
     prompts: PromptPlan  # of previews, likewise
+    stored: StoredParts  # what the set holds of these shards; it is not encoded again
 
 
 @dataclass
@@ -96,13 +99,14 @@ def encode_share(share: Share, station: Station, progress: Progress) -> Encoded:
     if sequential:
         _encode_texts_first(share, station, store, done)
     with (
+        closing(StoredReader(station.folder, share.stored)) as stored,
         closing(_decode(share, station.settings)) as pixels,
         BackgroundWriter(station.folder, station.fingerprint, dict(station.made_by)) as writer,
     ):
         for shard in share.shards:
-            latents = _encode_latents(shard, pixels, station, done.failures)
+            latents = _latents(shard, share, pixels, stored, station, done.failures)
             if latents:
-                texts = _texts(shard, share, station, store, done)
+                texts = _texts(shard, share, stored, station, store, done)
                 samples = _build_samples(shard, latents, texts, station.settings, done.failures)
                 writer.submit(samples)
                 done.sample_ids += [sample.sample_id for sample in samples]
@@ -110,7 +114,7 @@ def encode_share(share: Share, station: Station, progress: Progress) -> Encoded:
         done.entries = writer.finish()
     if sequential:
         for shard in share.shards:
-            store.drop(caption_batches(shard, station.settings.text_batch_size))
+            store.drop(_caption_batches(shard, share, station))
     return done
 
 
@@ -141,14 +145,28 @@ def _encode_apart(share: Share, station: Station, done: Encoded) -> None:
         done.prompts = encode_preview_prompts(share.prompts, station)
 
 
+def _caption_batches(shard: ShardPlan, share: Share, station: Station) -> list[list[Caption]]:
+    """The captions of a shard that the set does not hold yet."""
+    return caption_batches(shard, station.settings.text_batch_size, share.stored.texts)
+
+
 def _texts(
-    shard: ShardPlan, share: Share, station: Station, store: TextStore, done: Encoded
+    shard: ShardPlan,
+    share: Share,
+    stored: StoredReader,
+    station: Station,
+    store: TextStore,
+    done: Encoded,
 ) -> Texts:
-    batches = caption_batches(shard, station.settings.text_batch_size)
-    if station.encoders.placement != "together" and (stored := store.get(batches)) is not None:
-        return stored
+    names = {name for item in shard for name in item.text_ids if name in share.stored.texts}
+    texts = {name: stored.text(name) for name in sorted(names)}
+    batches = _caption_batches(shard, share, station)
+    if station.encoders.placement != "together" and (early := store.get(batches)) is not None:
+        return texts | early
     _encode_apart(share, station, done)
-    return encode_captions(station.encoders.text(), batches, station.check)
+    if batches:
+        texts |= encode_captions(station.encoders.text(), batches, station.check)
+    return texts
 
 
 def _encode_texts_first(share: Share, station: Station, store: TextStore, done: Encoded) -> None:
@@ -156,9 +174,9 @@ def _encode_texts_first(share: Share, station: Station, store: TextStore, done: 
     shards = [shard for shard in share.shards if _has_hope(shard, share.known_failures)]
     with Progress("encoding captions", len(shards), "shards", quiet=station.quiet) as bar:
         for shard in shards:
-            batches = caption_batches(shard, station.settings.text_batch_size)
+            batches = _caption_batches(shard, share, station)
             _encode_apart(share, station, done)
-            if store.get(batches) is None:
+            if batches and store.get(batches) is None:
                 store.put(batches, encode_captions(station.encoders.text(), batches, station.check))
             bar.update()
     station.encoders.release_text()
@@ -176,7 +194,10 @@ def by_bucket(shard: Iterable[WorkItem]) -> list[WorkItem]:
 def _decode(share: Share, settings: Settings) -> Pixels:
     """Decoded images of all shards in encoding order, a bounded number ahead of the encoder."""
     data = settings.data_config
-    tasks = (item for shard in share.shards for item in by_bucket(shard))
+    latents = share.stored.latents
+    tasks = (
+        item for shard in share.shards for item in by_bucket(shard) if item.latent_id not in latents
+    )
     return work_ahead(
         tasks,
         lambda item: share.known_failures.get(item.sample_id) or _decode_item(item, data),
@@ -195,15 +216,27 @@ def _decode_item(item: WorkItem, data: DataConfig) -> np.ndarray[Any, Any] | Ski
         return Skip(name, "unreadable", error.strerror or type(error).__name__)
 
 
-def _encode_latents(
-    shard: ShardPlan, pixels: Pixels, station: Station, failures: Failures
+def _latents(
+    shard: ShardPlan,
+    share: Share,
+    pixels: Pixels,
+    stored: StoredReader,
+    station: Station,
+    failures: Failures,
 ) -> Latents:
-    """Batches of `vae_batch_size` inside each bucket, in sample-id order."""
+    """Those that the set holds are copied; the others are encoded in batches of `vae_batch_size`
+    inside each bucket, in sample-id order."""
     latents: Latents = {}
     settings = station.settings
     for _, group in groupby(by_bucket(shard), key=lambda item: item.geometry.bucket):
         batch: list[tuple[WorkItem, np.ndarray[Any, Any]]] = []
         for item in group:
+            if item.latent_id in share.stored.latents:
+                if item.sample_id in share.known_failures:  # its captions cannot be encoded
+                    failures[item.sample_id] = share.known_failures[item.sample_id]
+                else:
+                    latents[item.sample_id] = stored.latent(item.latent_id)
+                continue
             decoded_item, result = next(pixels)
             assert decoded_item is item
             if isinstance(result, Skip):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_lora.errors import ShardError
+from qwen_lora.precompute.stored import StoredParts, find_stored
+from qwen_lora.precompute.types import WorkItem
 from qwen_lora.precompute.worklist import Wanted
 from qwen_lora.shards.format import Fingerprint, Manifest, ShardEntry
 from qwen_lora.shards.manifest import MANIFEST, load_manifest, read_retired, read_sidecar
@@ -60,6 +62,12 @@ class ExistingSet:
             (entry, [row.sample_id for row in sidecar.rows])
             for entry, sidecar in adoptable_shards(self.folder, fingerprint, listed)
         ]
+
+    def find(self, items: Iterable[WorkItem]) -> StoredParts:
+        """What of the records to be made is stored already. Raises ShardError."""
+        if self.manifest_name is None:
+            return StoredParts()
+        return find_stored(self.folder, self.shards, self.manifest_name, items)
 
     def moved(self, wanted: Wanted) -> Counter[tuple[str, str]]:
         """Stored samples whose image is now in another first folder, counted by (old, new).

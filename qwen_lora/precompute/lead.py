@@ -100,6 +100,7 @@ class Lead:
             made_by=made_by(self.settings, device.type),
             unconditional=self.existing.manifest is None,
             prompts=self.prompts,
+            stored=self.existing.find(item for shard in shards for item in shard),
         )
 
     def _known_failures(self) -> dict[str, Skip]:

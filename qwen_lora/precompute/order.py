@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen_lora.precompute.previews import PromptPlan
+from qwen_lora.precompute.stored import StoredParts
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import ShardPlan, item_from_json, item_to_json
 from qwen_lora.shards.format import FileEntry, Fingerprint, ShardEntry
@@ -22,6 +23,7 @@ class Order:
     made_by: Mapping[str, Any]
     unconditional: bool  # the set has no unconditional embedding yet: rank 0 makes it
     prompts: PromptPlan  # previews' prompts that the set lacks: rank 0 encodes them
+    stored: StoredParts  # what the set that is there holds of these shards
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -31,6 +33,7 @@ class Order:
             "made_by": dict(self.made_by),
             "unconditional": self.unconditional,
             "prompts": [list(prompt) for prompt in self.prompts],
+            "stored": self.stored.to_json(),
         }
 
     @classmethod
@@ -44,6 +47,7 @@ class Order:
             made_by=facts["made_by"],
             unconditional=facts["unconditional"],
             prompts=tuple((prompt, tokens) for prompt, tokens in facts["prompts"]),
+            stored=StoredParts.from_json(facts["stored"]),
         )
 
 

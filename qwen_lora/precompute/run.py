@@ -135,6 +135,7 @@ def _encode(
         known_failures=order.known_failures,
         unconditional=order.unconditional and world.first,
         prompts=order.prompts if world.first else (),
+        stored=order.stored,
     )
     if not share.shards:
         return Encoded(), station

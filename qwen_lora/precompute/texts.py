@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,11 @@ class StoredText:
 Texts = Mapping[str, StoredText]  # by text id
 
 
-def caption_batches(items: Iterable[WorkItem], batch_size: int) -> list[list[Caption]]:
-    """The unique captions of a shard by (token count, text id), cut into batches of `batch_size`.
+def caption_batches(
+    items: Iterable[WorkItem], batch_size: int, stored: Container[str] = ()
+) -> list[list[Caption]]:
+    """The unique captions of a shard by (token count, text id), cut into batches of `batch_size`;
+    without those whose text id is in `stored`.
 
     A function of the shard's plan alone: it holds whichever images turn out to be unusable.
     """
@@ -60,6 +63,7 @@ def caption_batches(items: Iterable[WorkItem], batch_size: int) -> list[list[Cap
             item.token_counts,
             strict=True,
         )
+        if text not in stored
     }
     return cut_batches(unique.values(), batch_size)
 
