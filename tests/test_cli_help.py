@@ -24,6 +24,7 @@ COMMANDS = [
     "shards info",
     "shards verify",
     "shards list",
+    "shards merge",
 ]
 ENVIRONMENT = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 HEAVY = ["torch", "diffusers", "transformers", "peft", "accelerate", "webdataset", "cv2",

@@ -1,4 +1,4 @@
-"""`qwen-lora shards info | verify | list`."""
+"""`qwen-lora shards info | verify | list | merge`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Look at shard sets.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Look at shard sets, join them, tidy them.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Place = Annotated[str, typer.Argument(metavar="SHARDS", help="The shard set: a folder or a URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -91,3 +93,40 @@ def _line(sample: dict[str, Any]) -> str:
     line = f"{sample['sample_id']}  {height}x{width}  {tokens:>4} tokens  {source}: {captions}"
     # Names and captions are other people's text: nothing in them may steer the terminal.
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+@app.command()
+def merge(
+    sets: Annotated[
+        list[str], typer.Argument(metavar="SHARDS...", help="Shard sets: folders or URLs.")
+    ],
+    output: Annotated[
+        str, typer.Option("--output", metavar="SHARDS", help="A new set, or one to append to.")
+    ],
+    strip: Annotated[
+        str,
+        typer.Option(
+            "--strip",
+            metavar="WHAT",
+            help="Leave out of what is added: captions, source (names), or captions,source.",
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Join sets made with the same encoders; a sample that several have comes from the first.
+
+    Records are copied and checked, never decoded; retired samples stay behind.
+
+    \b
+    qwen-lora shards merge mine theirs --output all
+    qwen-lora shards merge mine --output public --strip captions,source
+    """
+    from qwen_lora.shards.merge import merge as run
+
+    report = run(sets, output, [each.strip() for each in strip.split(",") if each.strip()])
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        return
+    for note in report.notes:
+        print(f"note: {note}")
+    print(report.line())

@@ -26,16 +26,15 @@ from qwen_lora.precompute.worklist import (
     encoded_captions,
     list_wanted,
     make_work_items,
-    shard_samples_limit,
 )
 from qwen_lora.progress import Progress
+from qwen_lora.shards.cut import TAR_END_BYTES, shard_samples_limit
 from qwen_lora.shards.format import Fingerprint, Geometry, RecordMeta
 from qwen_lora.shards.record import LATENT_NAMES, RecordShape
 from qwen_lora.shards.writer import predicted_record_bytes
 
 DEFAULT_MODEL = "Qwen/Qwen-Image"
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
-TAR_END_BYTES = 1_024 + 10_240  # at most: two empty blocks, then padding to 20 blocks
 CAPTIONS_AT_ONCE = 1024  # given to the tokenizer in one call
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen_lora.families.base import TokenCount
 from qwen_lora.precompute.types import Candidate, ImageSource, Inspection, WorkItem
+from qwen_lora.shards.cut import cut_by_size
 from qwen_lora.shards.format import (
     UNCONDITIONAL_CAPTION,
     Fingerprint,
@@ -21,9 +22,6 @@ from qwen_lora.shards.format import (
     sample_id,
     text_id,
 )
-
-MIN_SHARD_SAMPLES = 16
-SHARDS_AIMED_AT = 64  # so that a small set still spreads over the ranks of a node or cluster
 
 ShardPlan = tuple[WorkItem, ...]
 
@@ -107,32 +105,17 @@ def make_work_items(
     return items
 
 
-def shard_samples_limit(total: int) -> int:
-    """max(16, ceil(total / 64))"""
-    return max(MIN_SHARD_SAMPLES, -(-total // SHARDS_AIMED_AT))
-
-
 def cut_shards(
     items: Sequence[WorkItem], *, max_bytes: int, max_samples: int, frame_bytes: int
 ) -> list[ShardPlan]:
-    """Cut a work list into shards of consecutive samples.
-
-    No shard exceeds `max_samples` or `max_bytes` (its frame included), but a single sample larger
-    than that gets a shard of its own.
-    """
-    shards: list[ShardPlan] = []
-    current: list[WorkItem] = []
-    size = frame_bytes
-    for item in items:
-        full = len(current) >= max_samples or size + item.predicted_bytes > max_bytes
-        if current and full:
-            shards.append(tuple(current))
-            current, size = [], frame_bytes
-        current.append(item)
-        size += item.predicted_bytes
-    if current:
-        shards.append(tuple(current))
-    return shards
+    """Cut a work list into shards of consecutive samples, by the rule of `cut_by_size`."""
+    cuts = cut_by_size(
+        [item.predicted_bytes for item in items],
+        max_bytes=max_bytes,
+        max_samples=max_samples,
+        frame_bytes=frame_bytes,
+    )
+    return [tuple(items[cut.start : cut.stop]) for cut in cuts]
 
 
 @dataclass

@@ -9,7 +9,14 @@ from typing import BinaryIO
 
 from qwen_lora.errors import ShardError
 from qwen_lora.hashing import CHUNK_BYTES, sha256_hex
-from qwen_lora.shards.format import Fingerprint, Geometry, RecordMeta, latent_id, text_id
+from qwen_lora.shards.format import (
+    Fingerprint,
+    Geometry,
+    Manifest,
+    RecordMeta,
+    latent_id,
+    text_id,
+)
 from qwen_lora.shards.record import (
     LATENT_NAMES,
     RecordShape,
@@ -83,10 +90,18 @@ def _member(
     return None
 
 
+def expected_shape(manifest: Manifest, row: SidecarRow) -> RecordShape:
+    """What the tensors of a row must look like in a set of this manifest."""
+    scale = manifest.latent_scale
+    latent = (manifest.latent_channels, row.bucket[0] // scale, row.bucket[1] // scale)
+    names = LATENT_NAMES[manifest.posterior]
+    return RecordShape(names, latent, row.token_counts, manifest.text_width)
+
+
 def check_record(
     row: SidecarRow,
-    facts: bytes,
-    tensors: bytes,
+    facts: bytes | bytearray,
+    tensors: bytes | bytearray,
     fingerprint: Fingerprint,
     expected: RecordShape | None,
     what: str,

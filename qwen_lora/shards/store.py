@@ -88,6 +88,9 @@ class Store(ABC):
 
     # ---- writing ---------------------------------------------------------------------------------
 
+    def check_writable(self) -> None:  # noqa: B027 - a folder says so itself
+        """Raises InputError where files can only be read, never written or deleted."""
+
     @property
     @abstractmethod
     def scratch(self) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from qwen_lora.errors import ShardError
 from qwen_lora.progress import Progress
-from qwen_lora.shards.check import check_record, scan_tar
+from qwen_lora.shards.check import check_record, expected_shape, scan_tar
 from qwen_lora.shards.format import NAME_HEX, Manifest, ShardEntry
 from qwen_lora.shards.manifest import (
     damaged_generations,
@@ -18,8 +18,6 @@ from qwen_lora.shards.manifest import (
 )
 from qwen_lora.shards.previews import read_prompts, read_rgb
 from qwen_lora.shards.record import (
-    LATENT_NAMES,
-    RecordShape,
     check_tensors,
     check_values,
     unconditional_shape,
@@ -88,9 +86,7 @@ def _verify_shard(
     scale = manifest.latent_scale
 
     def on_record(row: SidecarRow, facts: bytes, tensors: bytes) -> None:
-        latent = (manifest.latent_channels, row.bucket[0] // scale, row.bucket[1] // scale)
-        names = LATENT_NAMES[manifest.posterior]
-        expected = RecordShape(names, latent, row.token_counts, manifest.text_width)
+        expected = expected_shape(manifest, row)
         what = f"{entry.tar.name}, sample {row.sample_id}"
         check_record(row, facts, tensors, manifest.fingerprint, expected, what, deep)
         if row.bucket[0] % scale or row.bucket[1] % scale:

@@ -44,7 +44,7 @@ from qwen_lora.shards.tar import BLOCK, MEMBERS, canonical_header, padded, tar_b
 if TYPE_CHECKING:
     import torch
 
-_TEMPORARY = "shard-part-"
+TEMPORARY = "shard-part-"
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def write_shard(
     """Publish one shard and its sidecar. Samples come in sample-id order, at least one."""
     with opened_store(place) as store:
         rows: list[SidecarRow] = []
-        with temporary_file(store.scratch, _TEMPORARY) as (file, path):
-            hashed = _HashingFile(file)
+        with temporary_file(store.scratch, TEMPORARY) as (file, path):
+            hashed = HashingFile(file)
             _write_tar(hashed, samples, rows)
         if not rows:
             path.unlink()
@@ -108,7 +108,7 @@ def write_shard(
         name = content_name("shard", sha256, ".json")
         try:
             _check_layout(path, rows)
-            data = _sidecar_bytes(store, name, Sidecar(fingerprint, made_by, tuple(rows)))
+            data = sidecar_bytes(store, name, Sidecar(fingerprint, made_by, tuple(rows)))
         except BaseException:
             path.unlink()
             raise
@@ -117,7 +117,7 @@ def write_shard(
         return ShardEntry(tar, FileEntry(name, len(data), sha256_hex(data)), len(rows))
 
 
-def _sidecar_bytes(store: Store, name: str, sidecar: Sidecar) -> bytes:
+def sidecar_bytes(store: Store, name: str, sidecar: Sidecar) -> bytes:
     """A new sidecar's bytes; those of the present one if it differs in `made_by` alone, because an
     older generation may list it by its hash."""
     data = encode_sidecar(sidecar)
@@ -131,9 +131,7 @@ def _sidecar_bytes(store: Store, name: str, sidecar: Sidecar) -> bytes:
     return present if same else data
 
 
-def _write_tar(
-    file: _HashingFile, samples: Iterable[EncodedSample], rows: list[SidecarRow]
-) -> None:
+def _write_tar(file: HashingFile, samples: Iterable[EncodedSample], rows: list[SidecarRow]) -> None:
     import webdataset as wds
 
     # encoder=False: bytes only, no pickling encoder can be reached. An integer mtime keeps PAX
@@ -184,7 +182,7 @@ def _row(sample: EncodedSample, members: dict[str, bytes], begin: int) -> Sideca
     )
 
 
-class _HashingFile:
+class HashingFile:
     """The file object that the tar is written to: counts and hashes on the way."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -192,7 +190,7 @@ class _HashingFile:
         self.digest = hashlib.sha256()
         self.position = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | bytearray) -> int:
         self.digest.update(data)
         self.position += len(data)
         return self._file.write(data)
@@ -211,7 +209,7 @@ def sweep_temporaries(place: Place) -> int:
     """Remove what killed writers left in `.local/`; call it while holding the set's lock."""
     with opened_store(place) as store:
         scratch = store.scratch
-    stale = [*scratch.glob(f"{_TEMPORARY}*.tmp"), *scratch.glob(".*.tmp")]
+    stale = [*scratch.glob(f"{TEMPORARY}*.tmp"), *scratch.glob(".*.tmp")]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)

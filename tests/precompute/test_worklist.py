@@ -12,8 +12,8 @@ from qwen_lora.precompute.worklist import (
     item_to_json,
     list_wanted,
     make_work_items,
-    shard_samples_limit,
 )
+from qwen_lora.shards.cut import shard_samples_limit
 from qwen_lora.shards.format import FileEntry, Fingerprint, Geometry, ShardEntry, text_id
 
 FINGERPRINT = Fingerprint("some-family", {"weights": ["a"]}, {"weights": ["b"]})

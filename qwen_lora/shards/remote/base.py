@@ -67,6 +67,11 @@ class Remote(ABC):
 
     # ---- writing: object stores only -------------------------------------------------------------
 
+    def check_writable(self) -> None:
+        """Raises InputError where this protocol cannot put and delete objects."""
+        if type(self).delete is Remote.delete:
+            raise self._read_only()
+
     def put(self, name: str, source: Path | bytes, check: Callable[[], None] = never_stop) -> None:
         """Upload under a content name, whole or not at all; an object of that name and length is
         taken to be it. Raises InputError where this protocol cannot write, RemoteError."""

@@ -121,6 +121,9 @@ class RemoteStore(Store):
 
     # ---- writing ---------------------------------------------------------------------------------
 
+    def check_writable(self) -> None:
+        self.remote.check_writable()
+
     @property
     def scratch(self) -> Path:
         self._state.mkdir(parents=True, exist_ok=True)
