@@ -46,7 +46,8 @@ def parse_json(
         value = json.loads(
             text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite
         )
-        if _SURROGATE.search(text):  # half of one is no text: it could not be printed or stored
+        # half of a surrogate pair is no text: it could not be printed or stored
+        if "\\" in text and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except (ValueError, RecursionError) as error:

@@ -136,7 +136,9 @@ def plan_epoch(table: PlanTable, rule: BatchRule, epoch: int) -> EpochPlan:
     bucket = table.bucket[row]
 
     length = _length_class(rule.seed, epoch, bucket, tokens)
-    order = np.lexsort((key, length, bucket[:, 1], bucket[:, 0], block))
+    size = bucket[:, 0].astype(np.int64) << 32 | bucket[:, 1]
+    keys = (key, length, size, block) if rule.shuffle == "block" else (key, length, size)
+    order = np.lexsort(keys)
     sizes = _cut(rule, epoch, bucket[order], block[order])
     starts = np.cumsum(sizes) - sizes
     order, sizes = _shuffle(rule.seed, epoch, key[order], block[order], order, starts, sizes)

@@ -18,6 +18,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen_lora.shards.table import HexColumn
+
 Words = NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
@@ -71,6 +73,9 @@ def sample_words(sample_ids: Sequence[str]) -> Words:
 
     Raises ValueError for anything that is not 32 hex digits.
     """
+    if isinstance(sample_ids, HexColumn) and sample_ids.data.shape[1] == 16:
+        words = np.ascontiguousarray(sample_ids.data).view(">u8")
+        return words.astype(np.uint64).reshape(-1, 2)
     if any(len(sample_id) != 32 for sample_id in sample_ids):
         raise ValueError("a sample id is 32 hex digits")
     data = bytes.fromhex("".join(sample_ids))

@@ -164,7 +164,7 @@ def _columns(
     """The wanted rows of one set, in its own order."""
     table = shard_set.table
     total = len(table.sample_id)
-    weight = set_weight * np.fromiter((group_weight[g] for g in table.group), np.float64, total)
+    weight = set_weight * np.fromiter(map(group_weight.__getitem__, table.group), np.float64, total)
     keep = weight > 0
     if exclude_sources:
         held = (source in exclude_sources for source in table.source_sha256)
@@ -190,7 +190,10 @@ def _columns(
 def _join(parts: Sequence[_Columns], unconditional_tokens: NDArray[np.int32]) -> PlanTable:
     """Concatenate, sort by sample id, keep the first of each."""
     words = np.concatenate([part.words for part in parts])
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: earlier sets first
+    order = np.argsort(words[:, 0], kind="stable")  # earlier sets first
+    halves = words[order, 0]
+    if (halves[1:] == halves[:-1]).any():  # rarely, but then the other half decides
+        order = np.lexsort((words[:, 1], words[:, 0]))
     in_order = words[order]
     first = np.ones(len(order), np.bool_)
     first[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
