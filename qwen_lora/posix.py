@@ -53,8 +53,15 @@ def peak_rss_gib() -> float | None:
 
 
 def publish_file(temporary: Path, final: Path) -> None:
-    """Give a finished, fsynced temporary its final name in one step and make the name durable."""
-    os.replace(temporary, final)
+    """Give a finished, fsynced temporary its final name in one step and make the name durable.
+
+    The temporary is gone afterwards, whatever happens: a full disk keeps no copy that nobody needs.
+    """
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(final.parent)
 
 
@@ -81,11 +88,7 @@ def write_atomic(final: Path, data: bytes, temporary_folder: Path | None = None)
     """Write `data` under `final`'s name so that the file is whole or absent, whatever happens."""
     with temporary_file(temporary_folder or final.parent, f".{final.name}-") as (file, path):
         file.write(data)
-    try:
-        publish_file(path, final)
-    except OSError:  # a folder of that name
-        path.unlink(missing_ok=True)
-        raise
+    publish_file(path, final)
 
 
 def try_lock(file: IO[bytes], *, shared: bool) -> bool:

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,30 @@ from qwen_lora.tiny_model import write_tiny_model
 
 torch.set_num_threads(1)
 
+FAULT_SEED = pytest.StashKey[int]()
 IMAGE_SIZES = [(96, 96), (64, 128), (128, 64), (160, 96)]  # [height, width]
 IMAGE_COLORS = ["red", "green", "blue"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-seed", type=int, help="replay the random choices of fault tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--fault-seed")
+    config.stash[FAULT_SEED] = random.randrange(1 << 32) if seed is None else seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"fault seed: {config.stash[FAULT_SEED]} (--fault-seed replays it)"
+
+
+@pytest.fixture
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """A new number each session, printed at its start and with every failure."""
+    seed = request.config.stash[FAULT_SEED]
+    print(f"replay: pytest '{request.node.nodeid}' --fault-seed {seed}")
+    return seed
 
 
 @pytest.fixture(scope="session")
