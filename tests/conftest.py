@@ -5,8 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import atexit
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from PIL import Image
 from qwen_lora.tiny_model import write_tiny_model
 
 torch.set_num_threads(1)
+# Nothing that tests fetch or make stays on this machine.
+os.environ["QWEN_LORA_CACHE"] = tempfile.mkdtemp(prefix="qwen-lora-cache-")
+atexit.register(shutil.rmtree, os.environ["QWEN_LORA_CACHE"], ignore_errors=True)
 
 FAULT_SEED = pytest.StashKey[int]()
 IMAGE_SIZES = [(96, 96), (64, 128), (128, 64), (160, 96)]  # [height, width]

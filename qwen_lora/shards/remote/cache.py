@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from qwen_lora.cache_folder import cache_folder
 from qwen_lora.errors import QwenLoraError
 from qwen_lora.hashing import sha256_file
 from qwen_lora.posix import try_lock
@@ -37,9 +38,8 @@ class ShardCache:
 
     @classmethod
     def default(cls, folder: Path | None = None, most_gib: float = DEFAULT_GIB) -> ShardCache:
-        """In `folder`, else the one in QWEN_LORA_CACHE, else `~/.cache/qwen-lora/shards`."""
-        named = os.environ.get("QWEN_LORA_CACHE") or "~/.cache/qwen-lora/shards"
-        return cls(folder or Path(named).expanduser(), int(most_gib * GIB))
+        """In `folder`, else in `shards` of this machine's cache (`~/.cache/qwen-lora`)."""
+        return cls(folder or cache_folder("shards"), int(most_gib * GIB))
 
     def held(self, entry: FileEntry) -> BinaryIO | None:
         """The whole copy, open, unbuffered and kept from eviction until it is closed; or None."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from qwen_lora.cache_folder import cache_folder
 from qwen_lora.errors import QwenLoraError, ShardError
 from qwen_lora.hashing import sha256_hex
 from qwen_lora.shards.format import FileEntry
@@ -194,7 +195,7 @@ class _Waiting:
 
 def default_state(label: str) -> Path:
     """The local folder for what belongs to a remote set on this machine: temporaries, locks."""
-    return ShardCache.default().folder.parent / "state" / sha256_hex(label.encode())[:16]
+    return cache_folder("state") / sha256_hex(label.encode())[:16]
 
 
 def open_remote_store(url: str, cache: ShardCache | None = None) -> RemoteStore:
