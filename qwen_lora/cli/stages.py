@@ -48,6 +48,10 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print buckets, counts, bytes and bad files; load no model."),
 ]
+SyncOption = Annotated[
+    bool, typer.Option("--sync", help="Retire the samples of images that are gone from DATASET.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Let --sync retire more than 10 % of the set.")]
 NoCaptions = Annotated[
     bool, typer.Option("--no-captions", help="Leave caption texts out of the shards.")
 ]
@@ -103,6 +107,8 @@ def precompute(
     output: ShardsOut = None,
     config: Config = None,
     resolution: Resolutions = None,
+    sync: SyncOption = False,
+    yes: Yes = False,
     dry_run: DryRun = False,
     no_captions: NoCaptions = False,
     no_source_names: NoSourceNames = False,
@@ -110,12 +116,13 @@ def precompute(
 ) -> None:
     """Encode captioned images once: latents and prompt embeddings to a shard set.
 
-    Running it again encodes what is missing. Needs only the model's vae, text_encoder and
-    tokenizer.
+    Running it again encodes what is new or changed; images that are gone stay in the set, unless
+    --sync. Needs only the model's vae, text_encoder and tokenizer.
 
     \b
     qwen-lora precompute photos --output shards --resolution 1024
     qwen-lora precompute --config lora.yaml --dry-run
+    qwen-lora precompute --config lora.yaml --sync
     """
     settings = _settings(
         "precompute",
@@ -132,7 +139,7 @@ def precompute(
     )
     from qwen_lora.precompute.run import precompute as run
 
-    summary = run(settings, dry_run=dry_run)
+    summary = run(settings, dry_run=dry_run, sync=sync, yes=yes)
     raise typer.Exit(summary.exit_code)
 
 

@@ -25,13 +25,14 @@ from qwen_lora.precompute.report import (
     sort_files,
     summarize,
 )
+from qwen_lora.precompute.sync import Removal, Sync, find_removed
 from qwen_lora.precompute.write import check_space, free_space, mib
 from qwen_lora.shards.format import Fingerprint
 
 SHOWN_FILES = 50
 
 
-def preview(settings: Settings) -> PrecomputeSummary:
+def preview(settings: Settings, sync: Sync | None = None) -> PrecomputeSummary:
     """Print buckets, samples, bytes needed and free, and bad files.
 
     Only the tokenizer is loaded. Bad files are those whose name, caption or header tells; damage in
@@ -60,6 +61,9 @@ def preview(settings: Settings) -> PrecomputeSummary:
     )
     wanted = planning.name_samples(images, fingerprint)
     planning.tell_moved(existing.moved(wanted))
+    removal = Removal()
+    if sync is not None and sync.wanted:
+        removal = find_removed(existing, wanted, images, remembered, settings)
     missing = planning.missing_samples(wanted, existing.sources)
     shards = planning.plan_shards(missing, model, settings)
     outcome = sort_files(
@@ -77,14 +81,19 @@ def preview(settings: Settings) -> PrecomputeSummary:
     prompts = plan_prompts(settings, model, existing)
     for line in preview_lines(settings, prompts, existing, wanted):
         print(line)
+    if line := removal.line():
+        needs = removal.large and sync is not None and not sync.confirmed
+        print(line + (" (needs --yes)" if needs else ""))
+    retired = existing.retired_after(wanted, ()) | removal.sample_ids
     needed = planning.needed_bytes(shards, sequential=False)
     free = free_space(folder)
     print(f"{mib(needed)} needed, {mib(free)} free at {folder}")
     summary = summarize(
         outcome,
         max_skip=settings.max_skip,
-        samples=len(existing.sources) + len(missing) - len(existing.retired_after(wanted, ())),
+        samples=len(existing.sources) + len(missing) - len(retired),
         samples_written=len(missing),
+        retired=len(retired - existing.retired),
         manifest=existing.manifest_name,
         report=Path("the report of the real run"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from qwen_lora.precompute.report import (
     write_report,
 )
 from qwen_lora.precompute.rgb_map import fit_rgb_map
+from qwen_lora.precompute.sync import Removal, Sync, find_removed
 from qwen_lora.precompute.texts import TextStore
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import Adoption, Wanted, adopt
@@ -58,9 +60,13 @@ class Lead:
     wanted: Wanted
     adoption: Adoption
     prompts: PromptPlan
+    removal: Removal
 
-    def __init__(self, settings: Settings, model: ModelFolder, local: Path) -> None:
+    def __init__(
+        self, settings: Settings, model: ModelFolder, local: Path, sync: Sync | None = None
+    ) -> None:
         self.settings, self.model, self.local = settings, model, local
+        self.sync = sync or Sync()
         self.folder = planning.local_output(settings)
         self.recipe = make_recipe(settings)
         self.failures = RememberedFailures(local / "failures.json")
@@ -68,8 +74,8 @@ class Lead:
     def plan(self) -> Order:
         """Scan, compare with the set that is there, cut what is missing into shards.
 
-        Raises InputError before an encoder is loaded: no dataset, another fingerprint or recipe,
-        too little space.
+        Raises InputError before an encoder is loaded: no dataset, another fingerprint or recipe, a
+        large removal that is not confirmed, too little space.
         """
         found = planning.scan(self.settings)
         self.fingerprint = make_fingerprint(self.model, self.settings, self.local / "weights.json")
@@ -85,6 +91,7 @@ class Lead:
         sources.save()
         self.wanted = planning.name_samples(self.images, self.fingerprint)
         planning.tell_moved(self.existing.moved(self.wanted))
+        self.removal = self._find_removed(sources)
         self.prompts = plan_prompts(self.settings, self.model, self.existing)
         missing = planning.missing_samples(self.wanted, self.existing.sources)
         planned = planning.plan_shards(missing, self.model, self.settings)
@@ -103,6 +110,15 @@ class Lead:
             stored=self.existing.find(item for shard in shards for item in shard),
         )
 
+    def _find_removed(self, sources: RememberedSources) -> Removal:
+        if not self.sync.wanted:
+            return Removal()
+        found = find_removed(self.existing, self.wanted, self.images, sources, self.settings)
+        found.check(self.sync, planning.dataset_folder(self.settings))
+        if line := found.line():
+            print(line, file=sys.stderr)
+        return found
+
     def _known_failures(self) -> dict[str, Skip]:
         known = {}
         for sample_id, sample in self.wanted.samples.items():
@@ -117,6 +133,7 @@ class Lead:
         self.failures.remember(done.failures)
         made = {*done.sample_ids, *self.adoption.sample_ids}
         retired = self.existing.retired_after(self.wanted, done.failures)
+        retired |= self.removal.sample_ids
         manifest_name = self._publish_generation(done, retired, station)
         outcome = self._outcome(done, made)
         return summarize(
@@ -124,6 +141,7 @@ class Lead:
             max_skip=self.settings.max_skip,
             samples=len({*self.existing.sources, *made} - retired),
             samples_written=len(made),
+            retired=len(retired - self.existing.retired),
             manifest=manifest_name,
             report=write_report(self.local, outcome),
         )

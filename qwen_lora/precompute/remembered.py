@@ -53,6 +53,11 @@ class RememberedSources:
         self._used[key] = entry
         return Inspection(candidate, entry[3], (entry[4], entry[5]))
 
+    def known_at(self, image: ImageSource) -> str | None:
+        """The sha256 that a path's image had when it was last read, whatever is there now."""
+        entry = self._known.get(_key(image))
+        return None if entry is None else str(entry[3])
+
     def identity(self, image: ImageSource) -> list[int] | None:
         """To be taken before the image is read, and given back to `remember` after."""
         return _identity(image)

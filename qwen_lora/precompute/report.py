@@ -32,6 +32,7 @@ class PrecomputeSummary:
     problem: str = ""  # why the exit code is not 0
     manifest: str | None = None  # file name of the generation
     report: str = ""  # path of report.jsonl
+    retired: int = 0  # samples that were live before the run and are not after it
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,7 +41,8 @@ class PrecomputeSummary:
         text = [
             f"{self.seen} files seen = {self.written} written + {self.unchanged} unchanged "
             f"+ {self.duplicate} duplicate + {self.skipped} skipped",
-            f"{self.samples} samples in the set, {self.samples_written} of them new",
+            f"{self.samples} samples in the set, {self.samples_written} of them new"
+            + (f"; {self.retired} retired" if self.retired else ""),
         ]
         if self.skipped:
             by_reason = ", ".join(f"{reason} {count}" for reason, count in self.reasons.items())
@@ -142,6 +144,7 @@ def summarize(
     max_skip: int | None,
     samples: int,
     samples_written: int,
+    retired: int,
     manifest: str | None,
     report: Path,
 ) -> PrecomputeSummary:
@@ -155,6 +158,7 @@ def summarize(
         skipped=len(outcome.skipped),
         samples=samples,
         samples_written=samples_written,
+        retired=retired,
         exit_code=1 if problem else 0,
         reasons=dict(sorted(reasons.items())),
         problem=problem,

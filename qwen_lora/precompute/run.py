@@ -23,6 +23,7 @@ from qwen_lora.precompute.order import (
 from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder, local_output
 from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
+from qwen_lora.precompute.sync import Sync
 from qwen_lora.precompute.world import World
 from qwen_lora.precompute.write import output_errors
 from qwen_lora.progress import Progress
@@ -38,20 +39,24 @@ PUT_RIGHT = "name a folder that you may write to, with room on its disk, as --ou
 CONTINUE = "finished shards are kept, the same command continues once it is put right"
 
 
-def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
+def precompute(
+    settings: Settings, dry_run: bool = False, sync: bool = False, yes: bool = False
+) -> PrecomputeSummary:
     """Encode what is missing of a dataset into the shard set `settings.shards_dir`.
 
     Prints progress to stderr and a summary to stdout. Under `accelerate launch` or torchrun all
     processes call it and get the same summary. A bad image is reported and left out; `dry_run` only
-    tells what would be done and writes nothing.
+    tells what would be done and writes nothing. `sync` retires the samples of images that are gone
+    from the dataset; above 10 % of the set only with `yes`.
     Raises InputError (settings, dataset, model, another set in the folder, too little space),
     Stopped (a signal; finished shards are kept) and QwenLoraError (another process, the disk).
     """
+    asked = Sync(sync, yes)
     if dry_run:
         from qwen_lora.precompute.dry_run import preview
 
         with output_errors(local_output(settings), InputError, PUT_RIGHT):
-            return preview(settings)
+            return preview(settings, asked)
     world = World.from_environment()
     with stop_on_signals(), world.guard():
         model = _resolve(settings, world)
@@ -63,7 +68,7 @@ def precompute(settings: Settings, dry_run: bool = False) -> PrecomputeSummary:
                 from qwen_lora.precompute.lead import Lead
 
                 with output_errors(local_output(settings), InputError, PUT_RIGHT):
-                    lead = Lead(settings, model, local)
+                    lead = Lead(settings, model, local, asked)
                     order = lead.plan()
                 world.share(order.to_json() if world.size > 1 else None)
             else:

@@ -85,7 +85,13 @@ def test_report_has_a_line_a_file_and_no_control_character(tmp_path: Path):
 def test_exit_code_follows_max_skip_and_the_half(counts, max_skip, fails):
     assert bool(judge(counts, max_skip, nothing_live=False)) is fails
     summary = summarize(
-        counts, max_skip=max_skip, samples=1, samples_written=1, manifest=None, report=Path("r")
+        counts,
+        max_skip=max_skip,
+        samples=1,
+        samples_written=1,
+        retired=0,
+        manifest=None,
+        report=Path("r"),
     )
     assert summary.exit_code == int(fails)
     assert summary.seen == (
