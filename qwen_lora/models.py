@@ -27,6 +27,7 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_co
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # in each component's folder
 SHOWN_FROM_BYTES = 1 << 30
+LINKS_MAX = 8  # from a file of a snapshot to its blob; the cache itself may be linked to
 WEIGHTLESS = ("scheduler", "tokenizer")
 
 
@@ -199,15 +200,17 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
 
     Files in the hub cache are links to blobs named by their sha256, which are not read. Others are
     hashed once: with `cache_file` the result is remembered by path, size, mtime and inode.
+    Raises InputError for one that cannot be read.
     """
     remembered = _load_cache(cache_file)
     hashes: dict[str, str] = {}
     changed = False
     for path in weight_files(folder):
-        target = path.resolve()
-        if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
-            hashes[path.name] = target.name
+        named = hub_sha256(path)
+        if named is not None:
+            hashes[path.name] = named
             continue
+        target = path.resolve()
         try:
             state = target.stat()
             stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
@@ -222,6 +225,25 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cache_file, canonical_json(remembered))
     return hashes
+
+
+def hub_sha256(path: Path) -> str | None:
+    """The sha256 by which the hub cache names a file's content; None for any other file.
+
+    snapshots/<commit>/<file> links to models--<owner>--<name>/blobs/<etag>, and the etag of a file
+    in Git LFS, as weights are, is its sha256 (of others a Git id, 40 digits). That blob may in turn
+    link to <cache>/blobs/<xx>/<hash>, shared between repositories and named by Xet's own hash,
+    which is no sha256: so links are followed one by one.
+    Source: huggingface_hub, "Understand caching" and `file_download._create_symlink`.
+    """
+    for _ in range(LINKS_MAX):
+        blobs = path.parent
+        if blobs.name == "blobs" and blobs.parent.name.startswith("models--"):
+            return path.name if SHA256.fullmatch(path.name) else None
+        if not path.is_symlink():
+            return None
+        path = Path(os.path.normpath(blobs.resolve() / os.readlink(path)))
+    return None
 
 
 def _hash_weights(path: Path) -> str:
