@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from qwen_lora.config.field import Command, facts
 from qwen_lora.config.names import SECTION, fields, setting_facts, value_of
 from qwen_lora.config.schema import DataConfig, Settings
+from qwen_lora.redact import redact
 
 WIDTH = 100
 _PLAIN = re.compile(r"[\w./+](?:[\w ./+=()-]*[\w./+=()-])?")
@@ -137,4 +138,4 @@ def describe(command: Command, settings: Settings) -> str:
     defaults = textwrap.fill(
         " ".join(rest), WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
     )
-    return "\n".join([f"settings of {command}", *changed, "defaults", defaults])
+    return redact("\n".join([f"settings of {command}", *changed, "defaults", defaults]))
