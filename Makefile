@@ -35,7 +35,7 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing the development tools"
-	@$(PIP) --editable '.[dev,quant,prodigy,tensorboard,heif]'
+	@$(PIP) --editable '.[dev,quant,prodigy,remote,tensorboard,heif]'
 	@touch $@
 
 demo: $(VENV)/installed
