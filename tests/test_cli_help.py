@@ -25,6 +25,7 @@ COMMANDS = [
     "shards verify",
     "shards list",
     "shards merge",
+    "shards prune",
 ]
 ENVIRONMENT = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 HEAVY = ["torch", "diffusers", "transformers", "peft", "accelerate", "webdataset", "cv2",

@@ -1,4 +1,4 @@
-"""`qwen-lora shards info | verify | list | merge`."""
+"""`qwen-lora shards info | verify | list | merge | prune`."""
 
 from __future__ import annotations
 
@@ -130,3 +130,32 @@ def merge(
     for note in report.notes:
         print(f"note: {note}")
     print(report.line())
+
+
+@app.command()
+def prune(
+    path: Place = "shards",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Keep the newest generation only, not the last two.")
+    ] = False,
+    unlisted: Annotated[
+        bool, typer.Option("--unlisted", help="Remove files too that no kept generation lists.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write shards anew without their retired samples, and remove what old generations needed.
+
+    \b
+    qwen-lora shards prune shards --dry-run
+    qwen-lora shards prune shards --all
+    """
+    from qwen_lora.shards.prune import prune as run
+
+    report = run(path, everything=everything, unlisted=unlisted, dry_run=dry_run)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(report.lines()))

@@ -100,8 +100,8 @@ def expected_shape(manifest: Manifest, row: SidecarRow) -> RecordShape:
 
 def check_record(
     row: SidecarRow,
-    facts: bytes | bytearray,
-    tensors: bytes | bytearray,
+    facts: bytes | memoryview,
+    tensors: bytes | memoryview,
     fingerprint: Fingerprint,
     expected: RecordShape | None,
     what: str,

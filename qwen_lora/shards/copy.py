@@ -20,7 +20,7 @@ from qwen_lora.shards.format import FileEntry, Fingerprint, Manifest, ShardEntry
 from qwen_lora.shards.manifest import content_name, read_sidecar
 from qwen_lora.shards.sidecar import MemberEntry, Sidecar, SidecarRow
 from qwen_lora.shards.store import Store
-from qwen_lora.shards.tar import BLOCK, MEMBERS, canonical_header, padded, tar_bytes
+from qwen_lora.shards.tar import MEMBERS, canonical_header, padded, tar_bytes
 from qwen_lora.shards.writer import TEMPORARY, HashingFile, sidecar_bytes, sweep_temporaries
 
 
@@ -51,8 +51,8 @@ class RawRecord:
     """A record's members; of `row` all but the members' places are taken over."""
 
     row: SidecarRow
-    json: bytes | bytearray
-    safetensors: bytes | bytearray
+    json: bytes | memoryview
+    safetensors: bytes | memoryview
 
 
 def write_records(
@@ -84,17 +84,12 @@ def write_records(
 def _write_record(file: HashingFile, record: RawRecord) -> SidecarRow:
     entries: dict[str, Any] = {}
     for name in MEMBERS:
-        data: bytes | bytearray = getattr(record, name)
+        data: bytes | memoryview = getattr(record, name)
         file.write(canonical_header(f"{record.row.sample_id}.{name}", len(data)))
         entries[name] = MemberEntry(file.position, len(data), sha256_hex(data))
         file.write(data)
         file.write(b"\0" * (padded(len(data)) - len(data)))
     return replace(record.row, **entries)
-
-
-def record_bytes(row: SidecarRow) -> int:
-    """Bytes of a record in its tar, headers and padding included."""
-    return sum(BLOCK + padded(entry.bytes) for entry in (row.json, row.safetensors))
 
 
 def join_made_by(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

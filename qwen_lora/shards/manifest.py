@@ -43,6 +43,11 @@ def content_name(kind: str, sha256: str, suffix: str) -> str:
     return f"{kind}-{sha256[:NAME_HEX]}{suffix}"
 
 
+def is_name_of_format(name: str) -> bool:
+    """Whether a file is named as one that a generation lists, or as a generation."""
+    return any(re.fullmatch(pattern, name) for pattern in _NAMES.values())
+
+
 # ---- bytes ---------------------------------------------------------------------------------------
 
 

@@ -7,28 +7,19 @@ their shards, cut as precompute cuts. Into a set that exists, samples are append
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qwen_lora.errors import InputError
 from qwen_lora.progress import Progress
 from qwen_lora.shards.alike import PRIVACY, check_alike, join_recipes
-from qwen_lora.shards.check import check_record, expected_shape
-from qwen_lora.shards.copy import (
-    RawRecord,
-    changing,
-    copy_shard,
-    join_made_by,
-    write_records,
-)
-from qwen_lora.shards.cut import MAX_SHARD_BYTES, cut_by_size, shard_samples_limit
-from qwen_lora.shards.format import FileEntry, Manifest, ShardEntry
+from qwen_lora.shards.copy import changing, copy_shard
+from qwen_lora.shards.cut import MAX_SHARD_BYTES, shard_samples_limit
+from qwen_lora.shards.format import FileEntry, Manifest, RecordMeta, ShardEntry
 from qwen_lora.shards.manifest import (
     MANIFEST,
     MANIFEST_MAX_BYTES,
@@ -38,10 +29,8 @@ from qwen_lora.shards.manifest import (
     read_sidecar,
 )
 from qwen_lora.shards.reader import ShardSet
-from qwen_lora.shards.record import decode_meta, encode_meta
-from qwen_lora.shards.sidecar import SidecarRow
+from qwen_lora.shards.rewrite import Part, rewrite, shard_rows
 from qwen_lora.shards.store import FolderStore, Place, Store, open_store, opened_store
-from qwen_lora.shards.tar import BLOCK
 from qwen_lora.shards.writer import build_manifest, publish_manifest, write_retired
 
 
@@ -131,35 +120,6 @@ def _check(
     return join_recipes(named, strip, first_is_output=present is not None)
 
 
-@dataclass
-class _Part:
-    """What is wanted of one shard."""
-
-    shards: ShardSet
-    index: int  # into its manifest's shards
-    rows: NDArray[np.int64]  # wanted rows of its table
-
-    @property
-    def entry(self) -> ShardEntry:
-        return self.shards.manifest.shards[self.index]
-
-    def sizes(self) -> list[int]:
-        """Bytes of each wanted record in a tar."""
-        members = self.shards.table.member_bytes[self.rows]
-        sizes: list[int] = (BLOCK - members // -BLOCK * BLOCK).sum(axis=1).tolist()
-        return sizes
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """One record that is written anew."""
-
-    shards: ShardSet
-    table_row: int
-    row: SidecarRow
-    made_by: dict[str, Any]  # one object a shard
-
-
 class _Merge:
     """One run, under the output's lock."""
 
@@ -176,12 +136,13 @@ class _Merge:
         whole, rest = self._split(parts)
         new = []
         total = sum(len(part.rows) for part in parts)
+        change = self._stripped if self.strip else None
         with Progress("merging", total, "samples") as progress:
             for part in whole:
                 copied = copy_shard(part.shards.store, part.shards.manifest, part.entry, self.store)
                 new.append(copied)
                 progress.update(len(part.rows))
-            for entry in self._rewrite(rest, total):
+            for entry in rewrite(self.store, rest, shard_samples_limit(total), change):
                 new.append(entry)
                 progress.update(entry.samples)
         self.report.shards_copied, self.report.shards_written = len(whole), len(new) - len(whole)
@@ -191,18 +152,16 @@ class _Merge:
 
     # ---- what is wanted --------------------------------------------------------------------------
 
-    def _plan(self) -> list[_Part]:
+    def _plan(self) -> list[Part]:
         """Shards with wanted samples, in order; counts what is left out."""
         seen, waiting = self._stored()
         parts = []
         for shards in self.sets:
-            ids, table = list(shards.table.sample_id), shards.table
-            bounds = np.searchsorted(table.shard, np.arange(len(shards.manifest.shards) + 1))
-            for index, entry in enumerate(shards.manifest.shards):
+            ids = list(shards.table.sample_id)
+            for index, live in shard_rows(shards):
                 rows = []
-                begin, end = bounds[index], bounds[index + 1]
-                self.report.retired += entry.samples - int(end - begin)
-                for row in range(begin, end):
+                self.report.retired += shards.manifest.shards[index].samples - len(live)
+                for row in live:
                     if ids[row] in waiting:
                         waiting.remove(ids[row])
                         self.retired.remove(ids[row])
@@ -213,7 +172,7 @@ class _Merge:
                         rows.append(row)
                     seen.add(ids[row])
                 if rows:
-                    parts.append(_Part(shards, index, np.array(rows, np.int64)))
+                    parts.append(Part(shards, index, np.array(rows, np.int64)))
         return parts
 
     def _stored(self) -> tuple[set[str], set[str]]:
@@ -230,14 +189,14 @@ class _Merge:
         }
         return stored, stored & self.retired
 
-    def _split(self, parts: Sequence[_Part]) -> tuple[list[_Part], list[_Part]]:
+    def _split(self, parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
         """Shards to copy whole, and those of which records are taken. A small one is not worth a
         file of its own: it must be half full, in samples or in bytes."""
         if self.strip:
             return [], list(parts)
         limit = shard_samples_limit(sum(len(part.rows) for part in parts))
-        whole: list[_Part] = []
-        rest: list[_Part] = []
+        whole: list[Part] = []
+        rest: list[Part] = []
         for part in parts:
             complete = len(part.rows) == part.entry.samples
             full = 2 * len(part.rows) >= limit or 2 * part.entry.tar.bytes >= MAX_SHARD_BYTES
@@ -246,44 +205,12 @@ class _Merge:
 
     # ---- writing ---------------------------------------------------------------------------------
 
-    def _rewrite(self, parts: Sequence[_Part], total: int) -> Iterator[ShardEntry]:
-        sizes = [size for part in parts for size in part.sizes()]
-        limit = shard_samples_limit(total)
-        wanted = self._wanted(parts)
-        for cut in cut_by_size(sizes, max_bytes=MAX_SHARD_BYTES, max_samples=limit):
-            some = sorted(islice(wanted, len(cut)), key=lambda each: each.row.sample_id)
-            made_by = {id(each.made_by): each.made_by for each in some}
-            yield write_records(
-                self.store,
-                map(self._record, some),
-                self.sets[0].manifest.fingerprint,
-                join_made_by(made_by.values()),
-            )
-
-    def _wanted(self, parts: Sequence[_Part]) -> Iterator[_Wanted]:
-        for part in parts:
-            sidecar = read_sidecar(part.shards.store, part.entry)
-            table = part.shards.table
-            rows = {table.sample_id[row]: row for row in part.rows.tolist()}
-            for row in sidecar.rows:
-                if row.sample_id in rows:
-                    yield _Wanted(part.shards, rows[row.sample_id], row, sidecar.made_by)
-
-    def _record(self, wanted: _Wanted) -> RawRecord:
-        """The members, hashes checked and ids recomputed; without what is stripped."""
-        shards, row = wanted.shards, wanted.row
-        facts, tensors = shards.read_bytes(wanted.table_row)
-        what = shards.where(wanted.table_row)
-        expected = expected_shape(shards.manifest, row)
-        check_record(row, facts, tensors, shards.manifest.fingerprint, expected, what)
-        if not self.strip:
-            return RawRecord(row, facts, tensors)
-        meta = decode_meta(facts, what)
+    def _stripped(self, meta: RecordMeta) -> RecordMeta:
         if "captions" in self.strip:
             meta = replace(meta, captions=None)
         if "source" in self.strip:
             meta = replace(meta, source=None)
-        return RawRecord(row, encode_meta(meta), tensors)
+        return meta
 
     def _publish(self, new: Sequence[ShardEntry]) -> None:
         old, generation = self.present or (None, None)

@@ -178,6 +178,10 @@ class ShardSet:
         expected = self.table.member_sha256[row, member].tobytes()
         return bool(hashlib.sha256(data).digest() == expected)
 
+    def close_files(self) -> None:
+        """Close the shards, not the store."""
+        self._files.close()
+
     def close(self) -> None:
         self._files.close()
         self.store.close()

@@ -86,6 +86,10 @@ class Store(ABC):
     def names(self) -> list[str] | None:
         """The names there are, sorted; None where they cannot be listed."""
 
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None when it is missing, or would have to be fetched to know."""
+        return None
+
     # ---- writing ---------------------------------------------------------------------------------
 
     def check_writable(self) -> None:  # noqa: B027 - a folder says so itself
@@ -155,6 +159,12 @@ class FolderStore(Store):
 
     def names(self) -> list[str] | None:
         return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.folder / name).stat().st_size
+        except FileNotFoundError:
+            return None
 
     @property
     def scratch(self) -> Path:

@@ -190,7 +190,7 @@ class HashingFile:
         self.digest = hashlib.sha256()
         self.position = 0
 
-    def write(self, data: bytes | bytearray) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.digest.update(data)
         self.position += len(data)
         return self._file.write(data)

@@ -1,0 +1,42 @@
+"""The generations of a set: which there are, and which files each of them needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_lora.errors import QwenLoraError
+from qwen_lora.shards.format import FileEntry, Manifest
+from qwen_lora.shards.manifest import load_manifest
+from qwen_lora.shards.store import Place, opened_store
+
+
+@dataclass(frozen=True)
+class Generation:
+    name: str  # manifest-<hash>.json
+    manifest: Manifest
+
+
+def load_generations(place: Place) -> list[Generation]:
+    """The newest generation and those before it, as far as they are kept and intact.
+
+    Raises InputError or ShardError, as `load_manifest` does, when the newest cannot be read.
+    """
+    with opened_store(place) as store:
+        manifest, name = load_manifest(store)
+        found = [Generation(name, manifest)]
+        while (previous := found[-1].manifest.previous) is not None:
+            try:
+                found.append(Generation(previous, load_manifest(store, previous)[0]))
+            except QwenLoraError:  # pruned, or damaged: nothing older can be told from it
+                break
+        return found
+
+
+def listed_files(manifest: Manifest) -> dict[str, FileEntry]:
+    """Every file that a generation needs besides its own manifest, by name."""
+    entries = [entry.tar for entry in manifest.shards]
+    entries += [entry.sidecar for entry in manifest.shards]
+    entries.append(manifest.unconditional)
+    optional = (manifest.previews, manifest.rgb, manifest.retired)
+    entries += [entry for entry in optional if entry is not None]
+    return {entry.name: entry for entry in entries}
