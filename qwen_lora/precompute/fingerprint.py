@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from qwen_lora.errors import InputError
 from qwen_lora.models import ModelFolder, weight_hashes
 from qwen_lora.precompute.images import RESIZE_ALGORITHM
 from qwen_lora.shards.format import Fingerprint, Manifest
+from qwen_lora.shards.safe import printable
 
 LATENT_DTYPE = "float16"
 EMBEDS_DTYPE = "bfloat16"
@@ -26,6 +28,7 @@ RECIPE_KEYS = (
     "flip",
     "random_ratio",
 )
+SHOWN_WHOLE, SHOWN_CUT, SHOWN_BEFORE = 40, 24, 8  # characters of a value in a refusal
 PRIVACY_KEYS = ("captions_in_shards", "source_names")  # settings that leave facts out
 
 
@@ -147,13 +150,24 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} {_short(old.get(name))} -> {_short(new.get(name))}" for name in names)
+    return ", ".join(f"{name} {_shown(old.get(name), new.get(name))}" for name in names)
 
 
-def _short(value: Any) -> str:
+def _shown(old: Any, new: Any) -> str:
+    """`old -> new`, long texts cut to where they differ."""
+    if isinstance(old, str) and isinstance(new, str):
+        begin = max(0, len(os.path.commonprefix([old, new])) - SHOWN_BEFORE)
+        return f"{_short(old, begin)} -> {_short(new, begin)}"
+    return f"{_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any, begin: int = 0) -> str:
     if value is None:
         return "(none)"
     if isinstance(value, list):
         return "[" + ", ".join(_short(each) for each in value) + "]"
     text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
+    if len(text) > SHOWN_WHOLE:
+        end = begin + SHOWN_CUT
+        text = "..." * (begin > 0) + text[begin:end] + "..." * (end < len(text))
+    return printable(text)
