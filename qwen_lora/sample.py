@@ -189,7 +189,7 @@ def load_pipeline(
 
     with _bars_only_on_a_terminal():
         pipeline = folder.family.pipeline().from_pretrained(
-            str(folder.path), dtype=_dtype(dtype), local_files_only=True
+            str(folder.path), dtype=_dtype(dtype), local_files_only=True, use_safetensors=True
         )
     pipeline.set_progress_bar_config(disable=True)
     names = [f"lora{number}" for number in range(len(loras))]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from qwen_lora.errors import InputError, QwenLoraError
@@ -33,6 +34,7 @@ LORA_FILE, OPTIMIZER_FILE, STATE_FILE = "lora.safetensors", "optimizer.safetenso
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".new-"
 _REMOVED = ".old-"
+_NONSENSE = (LookupError, TypeError, ValueError, AttributeError)  # what a forged state raises
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,14 @@ class CheckpointStore:
     def load(self, step: int) -> Checkpoint:
         """Read and verify one checkpoint. Raises CheckpointError naming the damaged file."""
         folder = self.path(step)
-        state = self.read_state(step)
+        try:
+            return self._load(folder, self.read_state(step))
+        except (SafetensorError, *_NONSENSE) as error:
+            raise CheckpointError(
+                f"{folder} is no checkpoint of format {FORMAT}: {type(error).__name__} {error}"
+            ) from None
+
+    def _load(self, folder: Path, state: dict[str, Any]) -> Checkpoint:
         tensors = {}
         for name in (LORA_FILE, OPTIMIZER_FILE):
             expected = state["files"][name]
@@ -154,7 +163,14 @@ class CheckpointStore:
         try:
             state = json.loads(path.read_bytes())
             recorded = state.pop("sha256")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if hash_json(state) != recorded:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the recorded")
