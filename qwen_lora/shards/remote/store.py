@@ -59,11 +59,14 @@ class RemoteStore(Store):
         """Nothing: what is missing or shorter shows when it is fetched."""
 
     def prepare(self, files: Iterable[FileEntry]) -> None:
+        def have(file: FileEntry) -> None:
+            self.open(file).close()
+
         with ThreadPoolExecutor(FETCH_THREADS, "qwen-lora-fetch") as pool:
-            waiting = [pool.submit(self.open, file) for file in files]
+            waiting = [pool.submit(have, file) for file in files]
             try:
-                for opened in waiting:
-                    opened.result().close()
+                for one in waiting:
+                    one.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
