@@ -251,7 +251,7 @@ def client_library() -> Any:
     """httpx, or whatever huggingface_hub has in its place: they share an interface."""
     from importlib import import_module
 
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     return import_module(type(get_session()).__module__.partition(".")[0])
 

@@ -14,8 +14,9 @@ from qwen_lora.shards.remote.base import RemoteError
 from qwen_lora.shards.remote.http import HttpRemote, client_library
 
 _URL = re.compile(
-    r"hf://(?P<kind>datasets/|models/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?"
-    r"(?P<folder>(/[^/]+)*)/?",
+    r"hf://(?P<kind>datasets/|models/)?(?P<repo>(?!datasets/|models/)[\w.-]+/[\w.-]+)"
+    r"(@(?P<revision>[^/@]+))?"
+    r"(?P<folder>(/[^/@]+)*)/?",
     re.ASCII,
 )
 
@@ -25,7 +26,7 @@ class HubRemote(HttpRemote):
 
     def __init__(self, label: str, kind: str, repo: str, commit: str, folder: str) -> None:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         # A file's address without the file: names are appended to it.
         base = hf_hub_url(repo, f"{folder}/x".lstrip("/"), repo_type=kind, revision=commit)
