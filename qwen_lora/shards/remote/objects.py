@@ -180,16 +180,19 @@ class ObjectRemote(Remote):
 
     def put(self, name: str, source: Path | bytes, check: Callable[[], None] = never_stop) -> None:
         attempts = self._attempts(name, check)
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if isinstance(source, bytes):  # small: cheaper sent again than asked for
+            attempts(lambda: self._objects.put(name, source))
+            return
+        size = source.stat().st_size
         try:
             if attempts(lambda: self._objects.head(name)).size == size:
                 return
         except FileNotFoundError:
             pass
-        if isinstance(source, Path) and size > ONE_PUT_BYTES:
+        if size > ONE_PUT_BYTES:
             self._objects.upload(name, source, attempts)
             return
-        data = source if isinstance(source, bytes) else source.read_bytes()
+        data = source.read_bytes()
         attempts(lambda: self._objects.put(name, data))
 
     def replace(self, name: str, data: bytes, version: str | None) -> str | None:
@@ -247,7 +250,9 @@ def open_object_remote(url: str, patience: Patience = Patience()) -> ObjectRemot
 
             if not parts.netloc:
                 raise InputError(f"{url} names no bucket: s3://bucket/folder")
-            return ObjectRemote(label, S3Objects(parts.netloc, parts.path, label), patience)
+            return ObjectRemote(
+                label, S3Objects(parts.netloc, parts.path, label, patience.stall_s), patience
+            )
         from qwen_lora.shards.remote.any_store import FsspecObjects
 
         return ObjectRemote(label, FsspecObjects(url, label), patience)

@@ -19,11 +19,13 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """Attempts in a row without progress, and seconds before the second; the wait doubles."""
+    """Attempts in a row without progress, and seconds before the second; the wait doubles. A
+    connection on which nothing comes for `stall_s` is given up."""
 
     attempts: int = 7
     first_wait_s: float = 0.5
     longest_wait_s: float = 15.0
+    stall_s: float = 30.0
 
 
 class Retries:

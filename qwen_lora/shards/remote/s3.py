@@ -56,8 +56,8 @@ NO_ACCESS = (
 class S3Objects(Objects):
     """The objects under one prefix of one bucket. Without credentials it asks as anybody may."""
 
-    def __init__(self, bucket: str, prefix: str, label: str) -> None:
-        self._bucket, self._label = bucket, label
+    def __init__(self, bucket: str, prefix: str, label: str, stall_s: float) -> None:
+        self._bucket, self._label, self._stall_s = bucket, label, stall_s
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._files = self._connect(anonymous=False)
 
@@ -68,8 +68,8 @@ class S3Objects(Objects):
             skip_instance_cache=True,
             config_kwargs={
                 "retries": {"max_attempts": 0},  # ObjectRemote repeats
-                "connect_timeout": 10,
-                "read_timeout": 30,  # between two pieces, not for the whole
+                "connect_timeout": min(10.0, self._stall_s),
+                "read_timeout": self._stall_s,  # between two pieces, not for the whole
                 "max_pool_connections": 64,
             },
         )
@@ -133,10 +133,15 @@ class S3Objects(Objects):
 
     def _chunks(self, body: Any, name: str) -> Generator[bytes]:
         async def some() -> bytes:
-            parts = []
+            parts: list[bytes] = []
             left = CHUNK_BYTES
             while left > 0:
-                part = await body.read(left)
+                try:
+                    part = await body.read(left)
+                except DROPPED:
+                    if not parts:
+                        raise
+                    break  # what has come counts; the next read says what happened
                 if not part:
                     break
                 parts.append(part)
