@@ -63,7 +63,7 @@ def preview(settings: Settings, sync: Sync | None = None) -> PrecomputeSummary:
     planning.tell_moved(existing.moved(wanted))
     removal = Removal()
     if sync is not None and sync.wanted:
-        removal = find_removed(existing, wanted, images, remembered, settings)
+        removal = find_removed(existing, wanted, images.skips, remembered, settings)
     missing = planning.missing_samples(wanted, existing.sources)
     shards = planning.plan_shards(missing, model, settings)
     outcome = sort_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Lead:
     wanted: Wanted
     adoption: Adoption
     prompts: PromptPlan
-    removal: Removal
+    sources: RememberedSources
 
     def __init__(
         self, settings: Settings, model: ModelFolder, local: Path, sync: Sync | None = None
@@ -83,15 +84,15 @@ class Lead:
         if self.existing.manifest is not None:
             check_fingerprint(self.existing.manifest, self.fingerprint, self.folder)
             check_recipe(self.existing.manifest, self.recipe, self.folder)
-        sources = RememberedSources(
+        self.sources = RememberedSources(
             self.local / "sources.json", planning.remembered_rules(self.settings)
         )
         multiple = self.model.family.image_multiple
-        self.images = planning.accept_images(found, self.settings, multiple, sources)
-        sources.save()
+        self.images = planning.accept_images(found, self.settings, multiple, self.sources)
+        self.sources.save()
         self.wanted = planning.name_samples(self.images, self.fingerprint)
         planning.tell_moved(self.existing.moved(self.wanted))
-        self.removal = self._find_removed(sources)
+        self._find_removed(()).check(self.sync, planning.dataset_folder(self.settings))
         self.prompts = plan_prompts(self.settings, self.model, self.existing)
         missing = planning.missing_samples(self.wanted, self.existing.sources)
         planned = planning.plan_shards(missing, self.model, self.settings)
@@ -110,14 +111,12 @@ class Lead:
             stored=self.existing.find(item for shard in shards for item in shard),
         )
 
-    def _find_removed(self, sources: RememberedSources) -> Removal:
+    def _find_removed(self, failures: Iterable[Skip]) -> Removal:
+        """What `--sync` retires when these images could not be encoded either."""
         if not self.sync.wanted:
             return Removal()
-        found = find_removed(self.existing, self.wanted, self.images, sources, self.settings)
-        found.check(self.sync, planning.dataset_folder(self.settings))
-        if line := found.line():
-            print(line, file=sys.stderr)
-        return found
+        skips = [*self.images.skips, *failures]
+        return find_removed(self.existing, self.wanted, skips, self.sources, self.settings)
 
     def _known_failures(self) -> dict[str, Skip]:
         known = {}
@@ -133,7 +132,10 @@ class Lead:
         self.failures.remember(done.failures)
         made = {*done.sample_ids, *self.adoption.sample_ids}
         retired = self.existing.retired_after(self.wanted, done.failures)
-        retired |= self.removal.sample_ids
+        removal = self._find_removed(done.failures.values())
+        if line := removal.line():
+            print(line, file=sys.stderr)
+        retired |= removal.sample_ids
         manifest_name = self._publish_generation(done, retired, station)
         outcome = self._outcome(done, made)
         return summarize(

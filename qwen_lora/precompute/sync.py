@@ -11,7 +11,7 @@ from qwen_lora.errors import InputError
 from qwen_lora.hashing import sha256_hex
 from qwen_lora.precompute.existing import ExistingSet
 from qwen_lora.precompute.inspect import read_source
-from qwen_lora.precompute.plan import Images, dataset_folder
+from qwen_lora.precompute.plan import dataset_folder
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.types import ImageSource, Skip
 from qwen_lora.precompute.worklist import Wanted
@@ -67,25 +67,26 @@ class Removal:
 def find_removed(
     existing: ExistingSet,
     wanted: Wanted,
-    images: Images,
+    skips: Iterable[Skip],
     sources: RememberedSources,
     settings: Settings,
 ) -> Removal:
     """The samples that `--sync` retires: live, and no file of the scan has their bytes.
 
-    A file that was skipped keeps what the set has of it. It is recognised by its bytes, by those
-    that its path had before, and by its name or its folder's or tar's in the records.
+    A file that was skipped keeps what the set has of it: more skips, fewer samples. It is
+    recognised by its bytes, by those that its path had before, and by its name, or its folder's or
+    tar's, in the records.
     Raises ShardError for a damaged record.
     """
     seen = {sample.inspection.source_sha256 for sample in wanted.samples.values()}
     live = existing.sources.keys() - existing.retired
     gone = {each: existing.sources[each] for each in live if existing.sources[each] not in seen}
-    skips = [skip for skip in images.skips if skip.reason != "image_missing"]
+    skips = [skip for skip in skips if skip.reason != "image_missing"]
     if not gone or not skips:
         return Removal(frozenset(gone), len(live))
     dataset = dataset_folder(settings)
     root = dataset if dataset.is_dir() else dataset.parent
-    kept, untold = _kept_sources(skips, root, sources)
+    kept, untold = _kept_sources(skips, root, sources, set(existing.sources.values()))
     names = _names(existing, {each for each, source in gone.items() if source not in kept})
     if untold and not all(names.values()):
         return Removal(
@@ -102,11 +103,11 @@ def find_removed(
 
 
 def _kept_sources(
-    skips: Iterable[Skip], root: Path, sources: RememberedSources
+    skips: Iterable[Skip], root: Path, sources: RememberedSources, stored: Collection[str]
 ) -> tuple[set[str], list[Skip]]:
     """Hashes of skipped files, now and before, and the skips of which neither tells what they were.
 
-    Bytes that decode to no image are not those that were encoded.
+    Bytes that decode to no image are not those that were encoded from that file, if any were.
     """
     kept: set[str] = set()
     untold = []
@@ -115,7 +116,7 @@ def _kept_sources(
         before = sources.known_at(image)
         now = None if skip.reason.startswith("tar_") else _hash(image)
         kept |= {each for each in (before, now) if each is not None}
-        if before is None and (now is None or skip.reason == "undecodable"):
+        if before not in stored and (now is None or skip.reason == "undecodable"):
             untold.append(skip)
     return kept, untold
 

@@ -127,6 +127,11 @@ def broken(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
+def cut_off(path: Path) -> None:
+    """Its header is whole: only decoding tells."""
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 def unreadable(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -134,7 +139,7 @@ def unreadable(path: Path) -> None:
 
 @pytest.mark.parametrize("names", [True, False])
 @pytest.mark.parametrize("memory", [True, False])
-@pytest.mark.parametrize("failure", ["caption", "broken", "unreadable"])
+@pytest.mark.parametrize("failure", ["caption", "broken", "cut off", "unreadable"])
 def test_a_file_that_failed_keeps_its_samples(make, folder, capsys, failure, memory, names):
     """Image 5 fails while image 3 is gone. Its samples are told by its bytes, or by what this
     machine remembers of it, or by its name; without any of them nothing is retired."""
@@ -144,11 +149,12 @@ def test_a_file_that_failed_keeps_its_samples(make, folder, capsys, failure, mem
     if failure == "caption":
         (folder / "5.txt").unlink()
     else:
-        {"broken": broken, "unreadable": unreadable}[failure](folder / "5.png")
+        damage = {"broken": broken, "cut off": cut_off, "unreadable": unreadable}[failure]
+        damage(folder / "5.png")
     if not memory:
         shutil.rmtree(settings.shards_dir / ".local")
     capsys.readouterr()
-    summary = precompute(settings, sync=True)
+    summary = precompute(settings, sync=True, yes=True)
     assert summary.skipped == 1
     told = failure == "caption" or memory or names
     assert (summary.samples, summary.retired) == ((11, 1) if told else (12, 0))
@@ -156,6 +162,8 @@ def test_a_file_that_failed_keeps_its_samples(make, folder, capsys, failure, mem
     if names:
         assert "5.png" in live(settings.shards_dir)
         assert "3.png" not in live(settings.shards_dir)
+    again = precompute(settings, sync=True, yes=True)  # by now the damage is what is remembered
+    assert (again.samples, again.retired) == (summary.samples, 0)
 
 
 def test_what_lies_in_a_tar_that_failed_stays(make, folder):
