@@ -31,6 +31,7 @@ from qwen_lora.shards.manifest import (
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.rewrite import Part, rewrite, shard_rows
 from qwen_lora.shards.store import FolderStore, Place, Store, open_store, opened_store
+from qwen_lora.shards.verify import check_listed
 from qwen_lora.shards.writer import build_manifest, publish_manifest, write_retired
 
 
@@ -85,6 +86,8 @@ def merge(places: Sequence[Place], output: Place, strip: Collection[str] = ()) -
         if not sets:
             raise InputError("nothing to merge: name at least one other set than the output")
         _check(store, sets, _present(store), strip)
+        for shards in sets:
+            check_listed(shards.store, shards.manifest)
         with changing(store):
             return _Merge(store, sets, frozenset(strip)).run()
 

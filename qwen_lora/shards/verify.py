@@ -112,6 +112,13 @@ def _verify_shard(
     return sidecar
 
 
+def check_listed(store: Store, manifest: Manifest) -> None:
+    """Raises ShardError unless the small files that go with the shards are what they should be."""
+    _check_unconditional(store, manifest)
+    read_prompts(store, manifest)
+    read_rgb(store, manifest)
+
+
 def _check_unconditional(store: Store, manifest: Manifest) -> None:
     entry = manifest.unconditional
     data = read_listed(store, entry)

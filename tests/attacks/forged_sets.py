@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,22 @@ from qwen_lora.shards.tar import MEMBERS, canonical_header, padded, tar_bytes
 from tests.shards.conftest import write_set
 
 
+@cache
+def _sound_files() -> dict[str, bytes]:
+    """A sound set of two samples in one shard, by file name."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_set(Path(name), count=2, per_shard=2)
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 class Forgery:
-    """A sound set of two samples in one shard, in parts that can be replaced."""
+    """A sound set in parts that can be replaced."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = write_set(folder, count=2, per_shard=2)
+        self.folder = folder
+        folder.mkdir()
+        for name, content in _sound_files().items():
+            (folder / name).write_bytes(content)
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
         entry = self.manifest["shards"][0]
         self.sidecar: dict[str, Any] = json.loads((folder / entry["sidecar"]["name"]).read_bytes())

@@ -12,6 +12,8 @@ from hostile_shards import ATTACKS, Attack
 
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.shards import tools
+from qwen_lora.shards.merge import merge
+from qwen_lora.shards.prune import prune
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.verify import verify
 from qwen_lora.shards.writer import adoptable_shards
@@ -53,6 +55,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Records:
     Forgery(folder).publish()
     for use in USES.values():
         use(folder)
+    merge([folder], folder.parent / "merged")
+    prune(folder.parent / "merged")
     with guarded(folder) as guard:
         for use in USES.values():
             use(folder)
@@ -111,3 +115,36 @@ def test_a_place_is_a_folder_or_a_url_and_never_a_command(place: str, tmp_path: 
 def test_there_are_as_many_attacks_as_the_documentation_says() -> None:
     names = [attack.name for attack in ATTACKS]
     assert len(set(names)) == len(names) >= 200
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
+def test_a_merge_does_not_pass_it_on(attack: Attack, sound: Records, tmp_path: Path) -> None:
+    """`merge` refuses the set, or what it writes is sound."""
+    folder, output, canary = tmp_path / "set", tmp_path / "output", tmp_path / "canary"
+    attack.make(folder, canary)
+    output.mkdir()
+    outcome: object = None
+    with guarded(folder, output) as guard:
+        try:
+            outcome = merge([folder], output)
+        except QwenLoraError as error:
+            outcome = error
+    assert guard.violations == [] and not canary.exists()
+    assert guard.seconds < SECONDS and guard.grown_bytes < BYTES
+    if not isinstance(outcome, QwenLoraError):
+        assert verify(output, deep=True).problems == []
+        assert attack.text or read_all(output) == sound
+
+
+@pytest.mark.parametrize("attack", [a for a in ATTACKS if " as name of " in a.name or a.text])
+def test_prune_removes_nothing_elsewhere(attack: Attack, sound: Records, tmp_path: Path) -> None:
+    folder, canary = tmp_path / "set", tmp_path / "canary"
+    attack.make(folder, canary)
+    victim = tmp_path / "shard-000000000000.tar"
+    victim.write_bytes(b"x")
+    with guarded(folder) as guard:
+        try:
+            prune(folder)
+        except QwenLoraError:
+            pass
+    assert guard.violations == [] and not canary.exists() and victim.exists()
