@@ -108,3 +108,16 @@ def warm_up() -> None:
         write_set(Path(folder) / "set")
         save_checkpoints(Path(folder) / "run", [1, 2], keep=1)
         save_checkpoints(Path(folder) / "run", [3], keep=1)
+
+
+def precompute_set(folder: Path, one_thread: bool = True) -> None:
+    from precompute_job import precompute_set as job
+
+    job(folder, one_thread)
+
+
+def warm_up_precompute() -> None:
+    """As `warm_up`, for the whole command."""
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            precompute_set(Path(folder) / "set")

@@ -62,12 +62,20 @@ class End:
 class ForkServer:
     """The process that jobs are forked from."""
 
-    def __init__(self, scratch: Path, warm_up: tuple[str, ...] = ("warm_up",)) -> None:
+    def __init__(
+        self, scratch: Path, warm_up: tuple[str, ...] = ("warm_up",), **environment: str
+    ) -> None:
         self.scratch, self._log = scratch, scratch / "output.log"
         paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "fork_server.py"), *warm_up],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",  # it warns in forks
+                **environment,
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
