@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +35,19 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """`mkdir -p` whose names survive a power loss, so that the folder is there with its files."""
+    if folder.is_dir():
+        return
+    missing = [folder]
+    while not (parent := missing[-1].parent).exists() and parent != missing[-1]:
+        missing.append(parent)
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # a parent that we may write to, but not read
+            fsync_folder(path.parent)
 
 
 def new_folder_mode() -> int:
@@ -110,7 +123,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
 
     Raises InputError naming the holder's process id when another process has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     file = open(path, "a+", encoding="ascii")
     try:
         if fcntl is not None:

@@ -12,7 +12,7 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json
 from qwen_lora.models import ModelFolder, resolve_model
-from qwen_lora.posix import exclusive_lock, write_atomic
+from qwen_lora.posix import exclusive_lock, make_folder, write_atomic
 from qwen_lora.precompute.order import (
     Order,
     entry_from_json,
@@ -108,7 +108,7 @@ def _locked(settings: Settings, world: World) -> Iterator[Path]:
         return
     with ExitStack() as held:
         with output_errors(folder, InputError, PUT_RIGHT):
-            local.mkdir(parents=True, exist_ok=True)
+            make_folder(local)
             held.enter_context(exclusive_lock(local / "lock", f"the shard set {folder}"))
             sweep_temporaries(folder)
             values = redact_values(settings.model_dump(mode="json"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from qwen_lora.errors import InputError, ShardError
-from qwen_lora.posix import publish_file, write_atomic
+from qwen_lora.posix import make_folder, publish_file, write_atomic
 from qwen_lora.shards.format import FileEntry
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class FolderStore(Store):
     @property
     def scratch(self) -> Path:
         local = self.folder / LOCAL
-        local.mkdir(parents=True, exist_ok=True)
+        make_folder(local)
         return local
 
     def publish(self, temporary: Path, file: FileEntry) -> None:

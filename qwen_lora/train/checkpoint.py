@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json, hash_json, sha256_hex
-from qwen_lora.posix import fsync_folder
+from qwen_lora.posix import fsync_folder, make_folder
 
 FORMAT = 1
 LORA_FILE, OPTIMIZER_FILE, STATE_FILE = "lora.safetensors", "optimizer.safetensors", "state.json"
@@ -113,7 +113,7 @@ class CheckpointStore:
         files[STATE_FILE] = _state_json(checkpoint, files)
         step = checkpoint.state.step
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             published = self._publish(self.path(step), files)
             kept = [other for other in self.steps() if other <= step][-keep:]
             for other in self.steps():

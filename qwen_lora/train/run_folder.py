@@ -25,7 +25,7 @@ import yaml
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json, sha256_file
-from qwen_lora.posix import exclusive_lock, write_atomic
+from qwen_lora.posix import exclusive_lock, make_folder, write_atomic
 from qwen_lora.redact import redact_values
 from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore, newest_good
 from qwen_lora.train.metrics import FILE as METRICS_FILE
@@ -132,7 +132,7 @@ def open_run(ranks: Ranks, settings: Settings, restart: bool) -> Iterator[RunFol
 
         def prepare() -> None:
             try:
-                path.mkdir(parents=True, exist_ok=True)
+                make_folder(path)
                 stack.enter_context(exclusive_lock(path / LOCK, str(path)))
                 run.forget() if restart else run.store.sweep()
             except OSError as error:

@@ -36,7 +36,6 @@ def write_set(folder: Path) -> None:
     """Three shards and everything else that a set has, as `precompute` goes about it."""
     import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     kept = {
         tuple(row.sample_id for row in sidecar.rows): entry
@@ -86,7 +85,6 @@ def make_checkpoint(step: int) -> Checkpoint:
 
 def save_checkpoints(folder: Path, steps: list[int], keep: int) -> None:
     """Sweep and go on after the newest sound checkpoint, as a restarted run does."""
-    folder.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(folder)
     store.sweep()
     found, _ = newest_good(store, "latest")

@@ -120,8 +120,12 @@ class ForkServer:
         return line
 
 
-def points_of(server: ForkServer, job: str, folder: Path, **arguments: Any) -> list[Point]:
-    """Run a job to its end and name every call of it that changed something in `folder`."""
+def points_of(
+    server: ForkServer, job: str, folder: Path, *, within: Path | None = None, **arguments: Any
+) -> list[Point]:
+    """Run a job to its end and name every call of it that changed something in `folder`, or in all
+    of `within`."""
+    prefix = str(within or folder)
     log = server.scratch / "calls.log"
     if not server.traces:
         server.run(job, folder, point={"number": 0, "log": str(log)}, **arguments)
@@ -137,8 +141,8 @@ def points_of(server: ForkServer, job: str, folder: Path, **arguments: Any) -> l
             continue
         counts[match[1]] += 1
         reads = match[1] in ("open", "openat") and "O_CREAT" not in line
-        if str(folder) in line and not reads:
-            points.append(Point(match[1], counts[match[1]], match[2].replace(str(folder), "")))
+        if prefix in line and not reads:
+            points.append(Point(match[1], counts[match[1]], match[2].replace(prefix, "")))
     return points
 
 

@@ -1,4 +1,4 @@
-"""`qwen-lora precompute`, the whole command: killed anywhere, on a disk that refuses, at any time."""
+"""`qwen-lora precompute`, the whole command: killed anywhere, or on a disk that refuses."""
 
 from __future__ import annotations
 
