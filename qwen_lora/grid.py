@@ -35,10 +35,10 @@ def labelled_grid(columns: Sequence[str], rows: Sequence[Row]) -> Image.Image:
 
     cell = _cell_size(rows[0].images[0].size, len(columns), len(rows))
     font_size = max(11, min(28, cell[0] // 24))
-    font = _font(font_size)
+    font = load_font(font_size)
     line_height = round(font_size * 1.3)
     width = len(columns) * (cell[0] + GAP) + GAP
-    captions = [_wrapped(row.caption, font, width - 2 * GAP) for row in rows]
+    captions = [wrapped(row.caption, font, width - 2 * GAP) for row in rows]
     height = GAP + line_height + sum(cell[1] + GAP + len(c) * line_height for c in captions) + GAP
     grid = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(grid)
@@ -73,15 +73,15 @@ def _write_lines(
         draw.text((at[0], at[1] + number * line_height), line, fill=_TEXT, font=font)
 
 
-def _wrapped(text: str, font: Font, width: int) -> list[str]:
-    """At most three lines that fit the width."""
+def wrapped(text: str, font: Font, width: int, lines: int = 3) -> list[str]:
+    """At most `lines` lines that fit the width, one at least."""
     text = " ".join(text.split())
     characters = max(8, int(width / max(font.getlength("n"), 1.0)))
-    lines = textwrap.wrap(text, characters, max_lines=3, placeholder="...")
-    return lines or [""]
+    found = textwrap.wrap(text, characters, max_lines=lines, placeholder="...")
+    return found or [""]
 
 
-def _font(size: int) -> Font:
+def load_font(size: int) -> Font:
     """matplotlib's DejaVu Sans (Latin, Greek, Cyrillic), or Pillow's own."""
     from PIL import ImageFont
 

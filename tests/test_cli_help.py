@@ -26,6 +26,7 @@ COMMANDS = [
     "shards list",
     "shards merge",
     "shards prune",
+    "shards preview",
 ]
 ENVIRONMENT = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 HEAVY = ["torch", "diffusers", "transformers", "peft", "accelerate", "webdataset", "cv2",

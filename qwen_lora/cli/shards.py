@@ -1,9 +1,10 @@
-"""`qwen-lora shards info | verify | list | merge | prune`."""
+"""`qwen-lora shards info | verify | list | merge | prune | preview`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -159,3 +160,36 @@ def prune(
         print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
     else:
         print("\n".join(report.lines()))
+
+
+@app.command()
+def preview(
+    path: Place = "shards",
+    output: Annotated[
+        Path,
+        typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.png and PREFIX.html."),
+    ] = Path("shards-preview"),
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            "--vae", metavar="M", help="Decode exactly, with the VAE of this id or local folder."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Samples shown.")] = 48,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="S", help="Show others than the first of every bucket."),
+    ] = None,
+) -> None:
+    """Draw samples: a contact sheet, and a page with captions that loads nothing.
+
+    Without --vae no model is needed: the set's own map from latents to colours draws them.
+
+    \b
+    qwen-lora shards preview shards --output preview
+    qwen-lora shards preview shards --vae Qwen/Qwen-Image --count 12
+    """
+    from qwen_lora.shards.preview import preview as run
+
+    report = run(path, output, vae=vae, count=count, seed=seed)
+    print(f"{report.sheet} and {report.page}: {report.shown} of {report.samples} samples")
