@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen_lora.errors import QwenLoraError
 from qwen_lora.shards.format import FileEntry, Manifest
 from qwen_lora.shards.manifest import load_manifest
-from qwen_lora.shards.store import Place, opened_store
+from qwen_lora.shards.store import Store
 
 
 @dataclass(frozen=True)
@@ -16,20 +17,21 @@ class Generation:
     manifest: Manifest
 
 
-def load_generations(place: Place) -> list[Generation]:
+def walk_generations(store: Store) -> Iterator[Generation]:
     """The newest generation and those before it, as far as they are kept and intact.
 
     Raises InputError or ShardError, as `load_manifest` does, when the newest cannot be read.
     """
-    with opened_store(place) as store:
-        manifest, name = load_manifest(store)
-        found = [Generation(name, manifest)]
-        while (previous := found[-1].manifest.previous) is not None:
-            try:
-                found.append(Generation(previous, load_manifest(store, previous)[0]))
-            except QwenLoraError:  # pruned, or damaged: nothing older can be told from it
-                break
-        return found
+    manifest, name = load_manifest(store)
+    while True:
+        yield Generation(name, manifest)
+        if manifest.previous is None:
+            return
+        name = manifest.previous
+        try:
+            manifest = load_manifest(store, name)[0]
+        except QwenLoraError:  # pruned, or damaged: nothing older can be told from it
+            return
 
 
 def listed_files(manifest: Manifest) -> dict[str, FileEntry]:

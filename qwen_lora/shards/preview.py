@@ -37,6 +37,7 @@ PAGE_SIDE = 512  # pixels, of a picture on the page
 SHEET_SIDE = 224  # and on the sheet, where there is room
 MOST = 1000
 _MOST_POSITIONS = 1 << 20  # of a latent that is drawn whole: the map needs 600 bytes for each
+_LEAST_SIDE = 144  # pixels of a cell; smaller pictures are enlarged
 _TEXT_LINES = 3  # under a picture of the sheet
 _GAP = 8
 
@@ -190,14 +191,15 @@ def _facts(manifest: Manifest, generation: str, how: str) -> PageFacts:
 
 def _sheet(cells: list[Image.Image], shown: list[Shown]) -> bytes:
     """A PNG: pictures in rows, under each its caption, bucket and the beginning of its id."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
     from qwen_lora.grid import MAX_SIDE, load_font, wrapped
 
     columns = max(1, min(len(cells), round((1.5 * len(cells)) ** 0.5)))
-    side = min(SHEET_SIDE, MAX_SIDE // columns - _GAP)
-    font = load_font(max(9, side // 18))
-    line = max(11, side // 14)
+    largest = max((max(picture.size) for picture in cells), default=0)
+    side = min(SHEET_SIDE, max(_LEAST_SIDE, largest), MAX_SIDE // columns - _GAP)
+    font = load_font(max(10, side // 18))
+    line = max(13, side // 14)
     step = (side + _GAP, side + _TEXT_LINES * line + 2 * _GAP)
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * step[0] + _GAP, max(1, rows) * step[1] + _GAP), "#ffffff")
@@ -205,9 +207,10 @@ def _sheet(cells: list[Image.Image], shown: list[Shown]) -> bytes:
     for number, (picture, one) in enumerate(zip(cells, shown, strict=True)):
         left = _GAP + number % columns * step[0]
         top = _GAP + number // columns * step[1]
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        at = (left + (side - picture.width) // 2, top + (side - picture.height) // 2)
-        sheet.paste(picture, at)
+        fitted = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+        draw.rectangle((left, top, left + side - 1, top + side - 1), fill="#ecede9")
+        at = (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2)
+        sheet.paste(fitted, at)
         caption = printable(" | ".join(one.captions)) or "(no captions stored)"
         texts = wrapped(caption, font, side, _TEXT_LINES - 1)
         texts += [f"{one.bucket[0]} x {one.bucket[1]}  {one.sample_id[:8]}"]

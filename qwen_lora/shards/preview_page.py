@@ -44,6 +44,7 @@ margin-bottom:8px}
 .samples small{display:block;color:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
 code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 overflow-wrap:anywhere}
+.samples code{font-size:10.5px}
 @media (max-width:560px){main{padding:24px 16px 40px}.samples{grid-template-columns:1fr 1fr}}
 @media print{main{max-width:none;padding:0}.samples li{break-inside:avoid}}
 """

@@ -6,9 +6,10 @@ has all its files, and the same command goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from qwen_lora.progress import Progress
 from qwen_lora.shards.copy import changing
 from qwen_lora.shards.cut import shard_samples_limit
 from qwen_lora.shards.format import ShardEntry
-from qwen_lora.shards.generations import Generation, listed_files, load_generations
+from qwen_lora.shards.generations import Generation, listed_files, walk_generations
 from qwen_lora.shards.manifest import MANIFEST, is_name_of_format, load_manifest
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.rewrite import Part, rewrite, shard_rows
@@ -91,17 +92,14 @@ def prune(
             if not dry_run:
                 stack.enter_context(changing(store))
             report = PruneReport(store.label, dry_run)
-            generations = load_generations(store)
-            generations = _compact(store, generations, report)
+            older = walk_generations(store)
+            generations = chain(_compact(store, next(older), report), older)
             _remove(store, generations, 1 if everything else KEPT_GENERATIONS, unlisted, report)
             return report
 
 
-def _compact(
-    store: Store, generations: Sequence[Generation], report: PruneReport
-) -> list[Generation]:
-    """The generations, with a new one in front when a shard holds retired samples."""
-    newest = generations[0]
+def _compact(store: Store, newest: Generation, report: PruneReport) -> list[Generation]:
+    """The newest generation, and before it a new one when a shard holds retired samples."""
     shards = ShardSet.of_manifest(store, newest.manifest, newest.name)
     try:
         whole: list[ShardEntry] = []
@@ -118,12 +116,12 @@ def _compact(
                 parts.append(Part(shards, index, np.array(live, np.int64)))
         report.generation = newest.name
         if not touched:
-            return list(generations)
+            return [newest]
         report.shards_rewritten = touched
         report.bytes_written = sum(sum(part.sizes()) for part in parts)
         if report.dry_run:
             coming = replace(newest.manifest, shards=tuple(whole), retired=None)
-            return [Generation("a new generation", coming), *generations]
+            return [Generation("a new generation", coming), newest]
         limit = shard_samples_limit(len(shards))
         with Progress("compacting", sum(len(part.rows) for part in parts), "samples") as progress:
             for entry in rewrite(store, parts, limit):
@@ -133,7 +131,7 @@ def _compact(
         shards.close_files()
     new = _publish(store, newest, whole)
     report.generation = new.name
-    return [new, *generations]
+    return [new, newest]
 
 
 def _publish(store: Store, old: Generation, shards: Sequence[ShardEntry]) -> Generation:
@@ -158,25 +156,26 @@ def _publish(store: Store, old: Generation, shards: Sequence[ShardEntry]) -> Gen
 
 def _remove(
     store: Store,
-    generations: Sequence[Generation],
+    generations: Iterator[Generation],
     keep: int,
     unlisted: bool,
     report: PruneReport,
 ) -> None:
     """Delete what only dropped generations need, then their manifests, the oldest first: while a
     manifest is there, a later run can tell what was to go with it."""
-    kept, dropped = generations[:keep], generations[keep:]
+    kept = list(islice(generations, keep))
     needed = {name for each in kept for name in listed_files(each.manifest)}
-    there = store.names()
-    files = {
-        name: entry.bytes
-        for each in dropped
-        for name, entry in listed_files(each.manifest).items()
-        if name not in needed and (there is None or name in there)
-    }
-    manifests = [each.name for each in reversed(dropped)]
+    listing = store.names()
+    there = None if listing is None else set(listing)
+    files: dict[str, int] = {}
+    manifests: list[str] = []
+    for each in generations:
+        manifests.insert(0, each.name)
+        for name, entry in listed_files(each.manifest).items():
+            if name not in needed and (there is None or name in there):
+                files[name] = entry.bytes
     known = {MANIFEST, *needed, *files, *manifests, *(each.name for each in kept)}
-    odd = [name for name in there or () if name not in known and is_name_of_format(name)]
+    odd = [name for name in listing or () if name not in known and is_name_of_format(name)]
     if unlisted:
         files |= {name: store.size(name) or 0 for name in odd}
     report.unlisted = 0 if unlisted else len(odd)

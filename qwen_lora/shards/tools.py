@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from qwen_lora.shards.generations import Generation, listed_files, walk_generations
 from qwen_lora.shards.manifest import load_manifest, read_sidecar
 from qwen_lora.shards.previews import read_prompts, read_rgb
 from qwen_lora.shards.reader import ShardSet
@@ -14,16 +15,18 @@ from qwen_lora.shards.safe import printable
 from qwen_lora.shards.store import Place, opened_store
 
 _SHOWN = 12  # lines of a histogram
+_GENERATIONS_SHOWN = 4
 
 
 def info(path: Place) -> dict[str, Any]:
-    """Counts, buckets, tokens, bytes, fingerprints and makers of a set, as JSON values.
+    """What a set holds, as JSON values: counts, buckets, tokens, bytes, fingerprints, generations.
 
-    Reads the manifest, one sidecar and what previews need. Raises InputError or ShardError as
-    `load_manifest` does.
+    Reads the manifests that are kept, one sidecar and what previews need. Raises InputError or
+    ShardError as `load_manifest` does.
     """
     with opened_store(path) as store:
         manifest, generation = load_manifest(store)
+        generations = [_generation_facts(each) for each in walk_generations(store)]
         first = read_sidecar(store, manifest.shards[0]) if manifest.shards else None
         rgb = read_rgb(store, manifest)
         prompts = read_prompts(store, manifest)
@@ -31,6 +34,7 @@ def info(path: Place) -> dict[str, Any]:
     return {
         "path": label,
         "generation": generation,
+        "generations": generations,
         "format": f"{manifest.format_major}.{manifest.format_minor}",
         "model": manifest.model,
         "counts": manifest.counts,
@@ -39,6 +43,7 @@ def info(path: Place) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "posterior": manifest.posterior,
         "latent_channels": manifest.latent_channels,
+        "latent_scale": manifest.latent_scale,
         "text_width": manifest.text_width,
         "preview_prompts": prompts,
         "rgb_map": rgb and {"scale": rgb.scale, "mean_abs_error": rgb.mean_abs_error},
@@ -49,6 +54,16 @@ def info(path: Place) -> dict[str, Any]:
             "text_hash": manifest.fingerprint.text_hash,
         },
         "made_by": first.made_by if first else {},
+    }
+
+
+def _generation_facts(generation: Generation) -> dict[str, Any]:
+    counts = generation.manifest.counts
+    return {
+        "name": generation.name,
+        "samples": counts.get("samples", 0),
+        "retired": counts.get("retired", 0),
+        "bytes": sum(file.bytes for file in listed_files(generation.manifest).values()),
     }
 
 
@@ -70,11 +85,25 @@ def format_info(facts: dict[str, Any]) -> str:
         "made by      " + ", ".join(f"{k} {v}" for k, v in sorted(facts["made_by"].items())),
         "recipe       " + ", ".join(f"{k} {v}" for k, v in sorted(facts["recipe"].items())),
     ]
+    lines += _generation_lines(facts["generations"])
     lines += _histogram("buckets", histograms.get("buckets", {}))
     groups = histograms.get("groups", {})
     if set(groups) - {""}:
         lines += _histogram("groups", groups)
     return "\n".join(map(printable, lines))
+
+
+def _generation_lines(generations: list[dict[str, Any]]) -> list[str]:
+    """The newest first."""
+    lines = [f"generations  {len(generations)}"]
+    for each in generations[:_GENERATIONS_SHOWN]:
+        lines.append(
+            f"  {each['name']}  {each['samples']} samples, {each['retired']} retired, "
+            f"{each['bytes'] / (1 << 20):.1f} MiB"
+        )
+    if len(generations) > _GENERATIONS_SHOWN:
+        lines.append(f"  and {len(generations) - _GENERATIONS_SHOWN} older ones")
+    return lines
 
 
 def _preview_line(facts: dict[str, Any]) -> str:
@@ -113,7 +142,7 @@ def _histogram(title: str, counts: dict[str, int]) -> list[str]:
 
 
 def list_samples(path: Place) -> Iterator[dict[str, Any]]:
-    """One dict a live sample, hashes checked: ids, bucket, tokens, shard, and the JSON member."""
+    """One dict a live sample, hashes checked: ids, tokens, bytes, shard, and the JSON member."""
     with ShardSet.open(path) as shards:
         table = shards.table
         for row in range(len(table)):
@@ -122,6 +151,7 @@ def list_samples(path: Place) -> Iterator[dict[str, Any]]:
                 "latent_id": table.latent_id[row],
                 "shard": shards.manifest.shards[int(table.shard[row])].tar.name,
                 "token_counts": list(table.tokens_of(row)),
+                "bytes": int(table.member_bytes[row].sum()),
                 **asdict(shards.read_meta(row)),
             }
 

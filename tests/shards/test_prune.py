@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from qwen_lora.errors import InputError, ShardError
 from qwen_lora.posix import exclusive_lock
+from qwen_lora.shards import tools
 from qwen_lora.shards.manifest import load_manifest
 from qwen_lora.shards.prune import prune
 from qwen_lora.shards.reader import ShardSet
@@ -74,6 +76,23 @@ def test_retired_samples_are_compacted_out(tmp_path: Path) -> None:
     whole = after.keys() & before.keys()
     assert {name for name in whole if name.endswith(".tar")}  # untouched shards are not rewritten
     assert not list((folder / ".local").glob("*.tmp"))
+
+
+def test_info_tells_of_the_generations(tmp_path: Path) -> None:
+    folder, (third, second, first) = grown_set(tmp_path / "set")
+    facts = tools.info(folder)
+    assert [each["name"] for each in facts["generations"]] == [third, second, first]
+    assert [each["samples"] for each in facts["generations"]] == [7, 10, 6]
+    assert [each["retired"] for each in facts["generations"]] == [3, 0, 0]
+    on_disk = files(folder)
+    data = sum(len(on_disk[name]) for name in on_disk if not name.startswith("manifest"))
+    assert facts["generations"][0]["bytes"] == data
+    told = tools.format_info(facts)
+    assert "generations  3" in told
+    assert f"  {second}  10 samples, 0 retired" in told
+    (folder / second).write_bytes(b"{}")  # nothing older can be told from a damaged one
+    assert len(tools.info(folder)["generations"]) == 1
+    json.dumps(facts)
 
 
 def test_dry_run_tells_what_would_be_freed(tmp_path: Path) -> None:
