@@ -10,13 +10,25 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
     "data_path.py": ["--samples", "4", "--repeats", "1"],
+    "remote.py": [
+        "--samples",
+        "4",
+        "--per-shard",
+        "2",
+        "--px",
+        "64",
+        "--step-ms",
+        "1",
+        "--repeats",
+        "1",
+    ],
     "trainer_overhead.py": ["--px", "128", "--steps", "4", "--repeats", "1"],
     "vae_encode.py": ["--px", "32", "--repeats", "1", "--base-dim", "16"],
 }
 
 
 def test_each_script_has_a_smallest_run() -> None:
-    helpers = {"common.py", "synthetic.py"}
+    helpers = {"common.py", "synthetic.py", "throttled.py"}
     assert {path.name for path in BENCHMARKS.glob("*.py")} - helpers == set(SMALLEST)
 
 

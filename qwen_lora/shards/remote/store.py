@@ -22,6 +22,7 @@ from qwen_lora.shards.store import Store
 
 FETCH_THREADS = 16  # for small files, where waiting for answers is all there is to do
 SAY_SECONDS = 10.0  # between lines about a file that somebody waits for
+_GIVE_WAY_SECONDS = 0.01
 _MANIFEST = "manifest.json"
 
 
@@ -37,6 +38,7 @@ class RemoteStore(Store):
         self.label = remote.label
         self._state = state or default_state(remote.label)
         self._version: str | None = None  # of manifest.json as it was last read or written
+        self._urgent: list[str] = []  # names that somebody waits for
         self._closed = False
         self._interruptions = 0
 
@@ -72,13 +74,25 @@ class RemoteStore(Store):
                 raise
 
     def open(self, file: FileEntry) -> BinaryIO:
-        opened = self._get(file, _Waiting(self, file).check)
+        self._urgent.append(file.name)
+        try:
+            opened = self._get(file, _Waiting(self, file).check)
+        finally:
+            self._urgent.remove(file.name)
         assert opened is not None  # it was waited for
         return opened
 
     def fetch_ahead(self, file: FileEntry, check: Callable[[], None]) -> None:
-        """Have a file in the cache for a later `open`; no error if another fetches it already."""
-        opened = self._get(file, check, wait=False)
+        """Have a file in the cache for a later `open`; no error if another fetches it already.
+        Leaves the line to files that somebody waits for."""
+
+        def give_way() -> None:
+            check()
+            while self._urgent and file.name not in self._urgent:
+                time.sleep(_GIVE_WAY_SECONDS)
+                check()
+
+        opened = self._get(file, give_way, wait=False)
         if opened is not None:
             opened.close()
 
