@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from random_sets import MakeSettings
+from safetensors.torch import load_file
 from written_sets import write_set
 
 from qwen_lora.errors import InputError, QwenLoraError
@@ -19,7 +22,9 @@ from qwen_lora.shards.remote.store import RemoteStore
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.look_ahead import LookAhead, RemoteFile, check_cache_holds
 from qwen_lora.train.plan import BatchRule, PlanTable
+from qwen_lora.train.run import train
 from qwen_lora.train.timesteps import TimestepSampling
+from tests.shards.fault_server import serve
 from tests.shards.folder_remote import FolderRemote
 
 SAMPLING = TimestepSampling(density="logit_normal", compute_dtype=torch.bfloat16)
@@ -164,3 +169,39 @@ def test_a_cache_that_is_too_small(folder: Path, tmp_path: Path) -> None:
         check_cache_holds([remote], "block", 4, 8 * largest)
         with pytest.raises(InputError, match="less than two blocks of 4 shards need"):
             check_cache_holds([remote], "block", 4, 8 * largest - 1)
+
+
+def test_training_from_a_url_gives_the_same_lora(
+    make_settings: MakeSettings, train_shards: Path, tmp_path: Path
+) -> None:
+    """An interrupted run goes on from the same URL; what was downloaded is not asked for again."""
+    local = train(make_settings("local", max_train_steps=8))
+    with serve(train_shards) as server:
+        server.script = ["503", "cut", "reset", "fine", "cut", "flipped", "no-range"]
+        common: dict[str, Any] = {
+            "shards": [server.url],
+            "shard_cache_dir": tmp_path / "cache",
+            "checkpointing_steps": 4,
+        }
+        train(make_settings("remote", max_train_steps=4, **common))
+        asked = {path for path, _ in server.log}
+        before = len(server.log)
+        remote = train(make_settings("remote", max_train_steps=8, **common))
+        again = {path for path, _ in server.log[before:]}
+    assert remote.resumed_from == 4
+    ours, theirs = load_file(remote.lora), load_file(local.lora)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(path.endswith(".tar") for path in asked)
+    assert again and all("manifest" in path for path in again)
+
+
+def test_full_shuffle_through_a_small_cache_is_refused(
+    make_settings: MakeSettings, train_shards: Path, tmp_path: Path
+) -> None:
+    with serve(train_shards) as server:
+        settings = make_settings(
+            shards=[server.url], shard_cache_dir=tmp_path / "cache", shard_cache_gib=1e-6
+        )
+        with pytest.raises(InputError, match="set `shuffle: block`"):
+            train(settings)
