@@ -20,6 +20,7 @@ from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.verify import verify
 
 Pair = tuple[str, str]  # sha256 of an image's bytes, caption
+EDITS = "add remove restore caption uncaption rename copy twin damage".split()
 KINDS = {"good": 12, "cut off": 1, "junk": 1, "small": 1}  # how often each comes
 
 
@@ -78,6 +79,7 @@ class Scenery:
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.folder, self.rng = folder, rng
         self.files: dict[str, File] = {}
+        self.gone: list[tuple[str, bytes, File]] = []
         self.made = 0  # also numbers captions, so that no two are equal by chance
 
     def add(self) -> None:
@@ -112,14 +114,16 @@ class Scenery:
         self.made += 1
         name = self.rng.choice(sorted(self.files))
         file, path = self.files[name], self.folder / name
-        what = self.rng.choice(
-            ["add", "add", "remove", "caption", "no caption", "rename", "copy", "twin", "damage"]
-        )
+        data = path.read_bytes()
+        what = self.rng.choice(EDITS)
         if what == "add":
             self.add()
         elif what == "caption":
-            self.store(name, path.read_bytes(), file.kind, f"edited {self.made}")
-        elif what == "no caption" and file.caption is not None:
+            self.store(name, data, file.kind, f"edited {self.made}")
+        elif what == "restore" and self.gone:
+            name, data, file = self.gone[self.rng.randrange(len(self.gone))]
+            self.store(name, data, file.kind, file.caption)
+        elif what == "uncaption" and file.caption is not None:
             path.with_suffix(".txt").unlink()
             self.files[name] = File(file.sha256, file.kind, None)
         elif what == "damage":
@@ -129,7 +133,9 @@ class Scenery:
             )
         elif what in ("rename", "copy", "twin"):
             caption = f"copied {self.made}" if what == "copy" else file.caption
-            self.store(f"{self.made}.png", path.read_bytes(), file.kind, caption)
+            self.store(f"{self.made}.png", data, file.kind, caption)
+        if what in ("remove", "rename", "damage", "caption"):
+            self.gone.append((name, data, file))
         if what in ("remove", "rename") and len(self.files) > 4:
             path.unlink()
             path.with_suffix(".txt").unlink(missing_ok=True)
@@ -182,15 +188,15 @@ def play(make: Callable[..., Settings], folder: Path, seed: str, images: int, ru
         for run in range(runs):
             check_run(settings, scenery, account, seen, sync=bool(run) and rng.random() < 0.5)
             total += len(scenery.files)
-            for _ in range(rng.randrange(1, max(3, images // 2))):
+            for _ in range(rng.randrange(1, images)):
                 scenery.edit()
     assert verify(settings.shards_dir).problems == []
     return total
 
 
 def test_random_edits(make_settings, tmp_path, fault_seed):
-    for number in range(3):
-        play(make_settings, tmp_path / str(number), f"{fault_seed}-{number}", images=12, runs=5)
+    for number in range(4):
+        play(make_settings, tmp_path / str(number), f"{fault_seed}-{number}", images=12, runs=6)
 
 
 @pytest.mark.slow
