@@ -36,7 +36,15 @@ EncoderModel = Annotated[
 ]
 ShardsOut = Annotated[
     str | None,
-    typer.Option("--output", metavar="SHARDS", help="The shard set. [default: shards]"),
+    typer.Option(
+        "--output", metavar="SHARDS", help="The shard set: folder or URL. [default: shards]"
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir", metavar="DIR", help="With a URL as SHARDS: folder of this machine's state."
+    ),
 ]
 Resolutions = Annotated[
     list[int] | None,
@@ -105,6 +113,7 @@ def precompute(
     dataset: Dataset = None,
     model: EncoderModel = None,
     output: ShardsOut = None,
+    state_dir: StateDir = None,
     config: Config = None,
     resolution: Resolutions = None,
     sync: SyncOption = False,
@@ -132,6 +141,7 @@ def precompute(
             "data_config.img_dir": dataset,
             "pretrained_model_name_or_path": model,
             "shards_dir": output,
+            "state_dir": state_dir,
             "data_config.img_size": resolution,
             "captions_in_shards": False if no_captions else None,
             "source_names": False if no_source_names else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwen_lora.config.field import Prompts, Section, setting
+from qwen_lora.config.field import LocalPath, Prompts, Section, setting
 
 
 class PrecomputeSettings(Section):
@@ -79,6 +79,13 @@ class PrecomputeSettings(Section):
         command="precompute",
         changes="shards",
         ge=1,
+    )
+    state_dir: LocalPath | None = setting(
+        None,
+        "With a URL as output: the folder for what .local holds (lock, report, remembered hashes); "
+        "empty: one in ~/.cache/qwen-lora/state.",
+        command="precompute",
+        changes="nothing",
     )
     max_skip: int | None = setting(
         None,

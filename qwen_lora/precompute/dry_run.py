@@ -16,6 +16,7 @@ from qwen_lora.precompute.fingerprint import (
     chosen_facts,
     make_recipe,
 )
+from qwen_lora.precompute.output import local_folder, local_state, open_output
 from qwen_lora.precompute.previews import plan_prompts, preview_lines
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.report import (
@@ -28,6 +29,7 @@ from qwen_lora.precompute.report import (
 from qwen_lora.precompute.sync import Removal, Sync, find_removed
 from qwen_lora.precompute.write import check_space, free_space, mib
 from qwen_lora.shards.format import Fingerprint
+from qwen_lora.shards.store import Store
 
 SHOWN_FILES = 50
 
@@ -38,9 +40,14 @@ def preview(settings: Settings, sync: Sync | None = None) -> PrecomputeSummary:
     Only the tokenizer is loaded. Bad files are those whose name, caption or header tells; damage in
     the pixels shows when they are decoded. Raises InputError when there is too little space.
     """
-    folder = planning.local_output(settings)
+    with open_output(settings) as store:
+        return _preview(settings, store, sync)
+
+
+def _preview(settings: Settings, store: Store, sync: Sync | None) -> PrecomputeSummary:
+    folder = local_folder(settings)
     model = light_model(settings)
-    existing = ExistingSet.load(folder)
+    existing = ExistingSet.load(store)
     recipe = make_recipe(settings)
     if existing.manifest is None:
         # Sample ids only serve to tell records apart here, so no weight has to be hashed.
@@ -51,10 +58,10 @@ def preview(settings: Settings, sync: Sync | None = None) -> PrecomputeSummary:
         fingerprint = replace(
             old, vae={**old.vae, **chosen["vae"]}, text={**old.text, **chosen["text"]}
         )
-        check_fingerprint(existing.manifest, fingerprint, folder)
-        check_recipe(existing.manifest, recipe, folder)
+        check_fingerprint(existing.manifest, fingerprint, store.label)
+        check_recipe(existing.manifest, recipe, store.label)
     remembered = RememberedSources(
-        folder / ".local" / "sources.json", planning.remembered_rules(settings)
+        local_state(settings) / "sources.json", planning.remembered_rules(settings)
     )
     images = planning.accept_images(
         planning.scan(settings), settings, model.family.image_multiple, remembered
@@ -85,7 +92,7 @@ def preview(settings: Settings, sync: Sync | None = None) -> PrecomputeSummary:
         needs = removal.large and sync is not None and not sync.confirmed
         print(line + (" (needs --yes)" if needs else ""))
     retired = existing.retired_after(wanted, ()) | removal.sample_ids
-    needed = planning.needed_bytes(shards, sequential=False)
+    needed = planning.needed_bytes(shards, sequential=False, passing=store.is_remote)
     free = free_space(folder)
     print(f"{mib(needed)} needed, {mib(free)} free at {folder}")
     summary = summarize(

@@ -45,6 +45,7 @@ from qwen_lora.shards.format import (
     ShardEntry,
 )
 from qwen_lora.shards.previews import PreviewPrompt
+from qwen_lora.shards.store import Store
 from qwen_lora.shards.writer import EncodedSample
 
 Failures = dict[str, Skip]  # by sample id
@@ -78,7 +79,7 @@ class Encoded:
 class Station:
     """Where and with what a rank encodes."""
 
-    folder: Path  # SHARDS
+    store: Store  # SHARDS
     local: Path  # SHARDS/.local
     settings: Settings
     fingerprint: Fingerprint
@@ -99,9 +100,9 @@ def encode_share(share: Share, station: Station, progress: Progress) -> Encoded:
     if sequential:
         _encode_texts_first(share, station, store, done)
     with (
-        closing(StoredReader(station.folder, share.stored)) as stored,
+        closing(StoredReader(station.store, share.stored)) as stored,
         closing(_decode(share, station.settings)) as pixels,
-        BackgroundWriter(station.folder, station.fingerprint, dict(station.made_by)) as writer,
+        BackgroundWriter(station.store, station.fingerprint, dict(station.made_by)) as writer,
     ):
         for shard in share.shards:
             latents = _latents(shard, share, pixels, stored, station, done.failures)

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from qwen_lora.errors import ShardError
 from qwen_lora.precompute.stored import StoredParts, find_stored
 from qwen_lora.precompute.types import WorkItem
 from qwen_lora.precompute.worklist import Wanted
 from qwen_lora.shards.format import Fingerprint, Manifest, ShardEntry
-from qwen_lora.shards.manifest import MANIFEST, load_manifest, read_retired, read_sidecar
+from qwen_lora.shards.manifest import (
+    MANIFEST,
+    MANIFEST_MAX_BYTES,
+    load_manifest,
+    read_retired,
+    read_sidecar,
+)
 from qwen_lora.shards.previews import read_prompts
+from qwen_lora.shards.store import Store
 from qwen_lora.shards.writer import adoptable_shards
 
 
@@ -22,7 +28,7 @@ class ExistingSet:
     """`sources` has every stored sample, retired ones too: a retired one that is wanted again only
     has to be taken off the list."""
 
-    folder: Path
+    store: Store
     manifest: Manifest | None = None
     manifest_name: str | None = None
     sources: dict[str, str] = field(default_factory=dict)  # sample id -> source sha256
@@ -30,22 +36,23 @@ class ExistingSet:
     groups: dict[str, str] = field(default_factory=dict)  # sample id -> group
 
     @classmethod
-    def load(cls, folder: Path) -> ExistingSet:
+    def load(cls, store: Store) -> ExistingSet:
         """An empty set when there is no manifest.
 
         Raises ShardError when it is damaged or a shard is missing or cut off: a new generation must
         not promise what is not there.
         """
-        if not (folder / MANIFEST).exists():
-            return cls(folder)
-        manifest, name = load_manifest(folder)
+        if not _has_manifest(store):
+            return cls(store)
+        manifest, name = load_manifest(store)
+        _check_there(store, manifest.shards)
+        store.prepare(entry.sidecar for entry in manifest.shards)
         sources, groups = {}, {}
         for entry in manifest.shards:
-            _check_length(folder, entry)
-            for row in read_sidecar(folder, entry).rows:
+            for row in read_sidecar(store, entry).rows:
                 sources[row.sample_id] = row.source_sha256
                 groups[row.sample_id] = row.group
-        return cls(folder, manifest, name, sources, read_retired(folder, manifest), groups)
+        return cls(store, manifest, name, sources, read_retired(store, manifest), groups)
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
@@ -53,21 +60,21 @@ class ExistingSet:
 
     def preview_prompts(self) -> list[str]:
         """Raises ShardError when their file is damaged."""
-        return [] if self.manifest is None else read_prompts(self.folder, self.manifest)
+        return [] if self.manifest is None else read_prompts(self.store, self.manifest)
 
     def unlisted(self, fingerprint: Fingerprint) -> list[tuple[ShardEntry, list[str]]]:
         """Whole shards that a stopped run left, with their sample ids."""
         listed = frozenset(entry.tar.name for entry in self.shards)
         return [
             (entry, [row.sample_id for row in sidecar.rows])
-            for entry, sidecar in adoptable_shards(self.folder, fingerprint, listed)
+            for entry, sidecar in adoptable_shards(self.store, fingerprint, listed)
         ]
 
     def find(self, items: Iterable[WorkItem]) -> StoredParts:
         """What of the records to be made is stored already. Raises ShardError."""
         if self.manifest_name is None:
             return StoredParts()
-        return find_stored(self.folder, self.shards, self.manifest_name, items)
+        return find_stored(self.store, self.shards, self.manifest_name, items)
 
     def moved(self, wanted: Wanted) -> Counter[tuple[str, str]]:
         """Stored samples whose image is now in another first folder, counted by (old, new).
@@ -102,14 +109,21 @@ class ExistingSet:
         return frozenset((self.retired - wanted.samples.keys()) | superseded)
 
 
-def _check_length(folder: Path, entry: ShardEntry) -> None:
-    path = folder / entry.tar.name
+def _has_manifest(store: Store) -> bool:
     try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; copy it again from its source") from None
-    if size != entry.tar.bytes:
-        raise ShardError(
-            f"{path} has {size} bytes, the manifest says {entry.tar.bytes}; copy it again from its "
-            "source"
-        )
+        store.read(MANIFEST, MANIFEST_MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _check_there(store: Store, shards: Iterable[ShardEntry]) -> None:
+    """Raises ShardError for a missing or shortened shard; a remote one is looked up in a list."""
+    names = store.names() if store.is_remote else None
+    there = None if names is None else set(names)
+    for entry in shards:
+        store.check(entry.tar)
+        if there is not None and entry.tar.name not in there:
+            raise ShardError(
+                f"{store.where(entry.tar.name)} is missing; copy it again from its source"
+            )

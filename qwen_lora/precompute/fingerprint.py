@@ -98,23 +98,23 @@ def make_recipe(settings: Settings) -> dict[str, Any]:
     return recipe
 
 
-def check_fingerprint(manifest: Manifest, fingerprint: Fingerprint, folder: Path) -> None:
+def check_fingerprint(manifest: Manifest, fingerprint: Fingerprint, label: str) -> None:
     """Raises InputError naming every fact in which the encoders differ, old -> new."""
     if manifest.fingerprint.hash == fingerprint.hash:
         return
     old, new = _fingerprint_facts(manifest.fingerprint), _fingerprint_facts(fingerprint)
     raise InputError(
-        f"{folder} was made with other encoders: {_differences(old, new)}; "
+        f"{label} was made with other encoders: {_differences(old, new)}; "
         "name another --output or go back to the old values"
     )
 
 
-def check_recipe(manifest: Manifest, recipe: Mapping[str, Any], folder: Path) -> None:
+def check_recipe(manifest: Manifest, recipe: Mapping[str, Any], label: str) -> None:
     """Raises InputError unless `recipe` is the set's own with perhaps more resolutions."""
     old, new = dict(manifest.recipe), dict(recipe)
     if not set(old.pop("img_size", [])) <= set(new.pop("img_size")):
         raise InputError(
-            f"{folder} has images of img_size {manifest.recipe['img_size']}, now asked for "
+            f"{label} has images of img_size {manifest.recipe['img_size']}, now asked for "
             f"{recipe['img_size']}; resolutions can be added, not taken away: "
             "name all of them, or another --output"
         )
@@ -123,7 +123,7 @@ def check_recipe(manifest: Manifest, recipe: Mapping[str, Any], folder: Path) ->
         new.setdefault(key, True)
     if old != new:
         raise InputError(
-            f"{folder} was made by other rules: {_differences(_flat(old), _flat(new))}; "
+            f"{label} was made by other rules: {_differences(_flat(old), _flat(new))}; "
             "name another --output or go back to the old values"
         )
 

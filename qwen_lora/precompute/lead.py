@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from qwen_lora.config.schema import Settings
+from qwen_lora.errors import QwenLoraError
 from qwen_lora.models import ModelFolder
 from qwen_lora.precompute import plan as planning
 from qwen_lora.precompute.encode import (
@@ -25,7 +26,9 @@ from qwen_lora.precompute.fingerprint import (
     make_fingerprint,
     make_recipe,
 )
+from qwen_lora.precompute.joining import without_stored
 from qwen_lora.precompute.order import Order
+from qwen_lora.precompute.output import local_folder
 from qwen_lora.precompute.previews import PromptPlan, plan_prompts
 from qwen_lora.precompute.remembered import RememberedFailures, RememberedSources
 from qwen_lora.precompute.report import (
@@ -41,8 +44,10 @@ from qwen_lora.precompute.texts import TextStore
 from qwen_lora.precompute.types import Skip
 from qwen_lora.precompute.worklist import Adoption, Wanted, adopt
 from qwen_lora.precompute.write import check_space, free_space
-from qwen_lora.shards.format import FileEntry, Manifest
+from qwen_lora.shards.format import FileEntry, Manifest, ShardEntry
 from qwen_lora.shards.reader import ShardSet
+from qwen_lora.shards.remote.base import ChangedRemotely
+from qwen_lora.shards.store import Store
 from qwen_lora.shards.writer import (
     build_manifest,
     publish_manifest,
@@ -51,6 +56,8 @@ from qwen_lora.shards.writer import (
     write_rgb,
     write_unconditional,
 )
+
+MOST_CONFLICTS = 10  # generations that others publish while this run publishes one
 
 
 class Lead:
@@ -64,11 +71,16 @@ class Lead:
     sources: RememberedSources
 
     def __init__(
-        self, settings: Settings, model: ModelFolder, local: Path, sync: Sync | None = None
+        self,
+        settings: Settings,
+        model: ModelFolder,
+        store: Store,
+        local: Path,
+        sync: Sync | None = None,
     ) -> None:
-        self.settings, self.model, self.local = settings, model, local
+        self.settings, self.model, self.store, self.local = settings, model, store, local
         self.sync = sync or Sync()
-        self.folder = planning.local_output(settings)
+        self.folder = local_folder(settings)
         self.recipe = make_recipe(settings)
         self.failures = RememberedFailures(local / "failures.json")
 
@@ -80,10 +92,7 @@ class Lead:
         """
         found = planning.scan(self.settings)
         self.fingerprint = make_fingerprint(self.model, self.settings, self.local / "weights.json")
-        self.existing = ExistingSet.load(self.folder)
-        if self.existing.manifest is not None:
-            check_fingerprint(self.existing.manifest, self.fingerprint, self.folder)
-            check_recipe(self.existing.manifest, self.recipe, self.folder)
+        self._load_existing()
         self.sources = RememberedSources(
             self.local / "sources.json", planning.remembered_rules(self.settings)
         )
@@ -100,7 +109,8 @@ class Lead:
         shards = self.adoption.shards + planning.cut(self.adoption.leftovers, self.settings)
         device = pick_device()
         sequential = placement_on(device, self.model, self.settings) != "together"
-        check_space(self.folder, planning.needed_bytes(shards, sequential), free_space(self.folder))
+        needed = planning.needed_bytes(shards, sequential, passing=self.store.is_remote)
+        check_space(self.folder, needed, free_space(self.folder))
         return Order(
             shards=tuple(shards),
             known_failures=self._known_failures(),
@@ -131,12 +141,10 @@ class Lead:
         TextStore(self.local).clear()
         self.failures.remember(done.failures)
         made = {*done.sample_ids, *self.adoption.sample_ids}
-        retired = self.existing.retired_after(self.wanted, done.failures)
         removal = self._find_removed(done.failures.values())
         if line := removal.line():
             print(line, file=sys.stderr)
-        retired |= removal.sample_ids
-        manifest_name = self._publish_generation(done, retired, station)
+        manifest_name, retired = self._publish_joined(done, removal.sample_ids, station)
         outcome = self._outcome(done, made)
         return summarize(
             outcome,
@@ -148,12 +156,39 @@ class Lead:
             report=write_report(self.local, outcome),
         )
 
-    def _publish_generation(
-        self, done: Encoded, retired: frozenset[str], station: Station
-    ) -> str | None:
-        """The new generation's name, the old one's if it says the same, None without a sample."""
-        old = self.existing.manifest
+    def _publish_joined(
+        self, done: Encoded, removed: Collection[str], station: Station
+    ) -> tuple[str | None, frozenset[str]]:
+        """The generation's name and its retired samples. A remote set may have got another
+        generation since it was read: then this run's shards are added to that one."""
         new = [*self.adoption.entries, *done.entries]
+        for _ in range(MOST_CONFLICTS):
+            retired = self.existing.retired_after(self.wanted, done.failures).union(removed)
+            try:
+                return self._publish_generation(new, done, retired, station), retired
+            except ChangedRemotely:
+                print(f"{self.store.label} has a new generation: joining it", file=sys.stderr)
+            self._load_existing()
+            new = without_stored(self.store, new, self.existing)
+        raise QwenLoraError(
+            f"{self.store.label} got another generation {MOST_CONFLICTS} times while this run "
+            "published its own; its shards are there: run the same command again"
+        )
+
+    def _load_existing(self) -> None:
+        self.existing = ExistingSet.load(self.store)
+        if self.existing.manifest is not None:
+            check_fingerprint(self.existing.manifest, self.fingerprint, self.store.label)
+            check_recipe(self.existing.manifest, self.recipe, self.store.label)
+
+    def _publish_generation(
+        self, new: Sequence[ShardEntry], done: Encoded, retired: frozenset[str], station: Station
+    ) -> str | None:
+        """The new generation's name, the old one's if it says the same, None without a sample.
+
+        Raises ChangedRemotely when another generation was published meanwhile.
+        """
+        old = self.existing.manifest
         if old is None and not new:
             return None
         previews = self._previews(done, station)
@@ -166,7 +201,7 @@ class Lead:
         if unchanged and old is not None and old.rgb is not None:
             return self.existing.manifest_name
         manifest = build_manifest(
-            self.folder,
+            self.store,
             shards=[*self.existing.shards, *new],
             fingerprint=self.fingerprint,
             latent_channels=self.model.family.latent_channels,
@@ -176,7 +211,7 @@ class Lead:
             model={"id": self.model.model_id, "revision": self.model.revision},
             recipe=self.recipe,
             unconditional=old.unconditional if old else self._unconditional(done, station),
-            retired=write_retired(self.folder, retired),
+            retired=write_retired(self.store, retired),
             previous=self.existing.manifest_name,
             previews=previews,
             rgb=old.rgb if old else None,
@@ -185,14 +220,14 @@ class Lead:
             manifest = replace(manifest, rgb=self._fit_rgb_map(manifest))
             if unchanged and manifest.rgb is None:
                 return self.existing.manifest_name
-        return publish_manifest(self.folder, manifest)
+        return publish_manifest(self.store, manifest)
 
     def _unconditional(self, done: Encoded, station: Station) -> FileEntry:
         text = done.unconditional
         if text is None:  # every shard was adopted, or made by other ranks
             with encoding_mode(self.settings.encode_threads):
                 text = encode_unconditional(station)
-        return write_unconditional(self.folder, text.prompt_embeds, text.prompt_mask)
+        return write_unconditional(self.store, text.prompt_embeds, text.prompt_mask)
 
     def _previews(self, done: Encoded, station: Station) -> FileEntry | None:
         """The preview prompts of this run, or those that the set has."""
@@ -202,13 +237,16 @@ class Lead:
         if prompts is None:  # this rank had no caption to encode
             with encoding_mode(self.settings.encode_threads):
                 prompts = encode_preview_prompts(self.prompts, station)
-        return write_previews(self.folder, prompts)
+        return write_previews(self.store, prompts)
 
     def _fit_rgb_map(self, manifest: Manifest) -> FileEntry | None:
         """Fitted once, to the set's first images; None when none of them can be decoded."""
-        with ShardSet.of_manifest(self.folder, manifest, "the new generation") as shards:
+        shards = ShardSet.of_manifest(self.store, manifest, "the new generation")
+        try:
             rgb = fit_rgb_map(shards, self.wanted.samples, self.settings)
-        return write_rgb(self.folder, rgb) if rgb else None
+        finally:
+            shards.close_files()
+        return write_rgb(self.store, rgb) if rgb else None
 
     def _outcome(self, done: Encoded, made: set[str]) -> Outcome:
         outcome = sort_files(

@@ -15,6 +15,7 @@ from qwen_lora.models import ModelFolder
 from qwen_lora.precompute.ahead import work_ahead
 from qwen_lora.precompute.geometry import make_geometries
 from qwen_lora.precompute.inspect import inspect_image
+from qwen_lora.precompute.output import local_folder
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.scan import scan_dataset
 from qwen_lora.precompute.types import Candidate, Inspection, Scan, Skip
@@ -47,15 +48,6 @@ class Images:
     partial: list[Skip] = field(default_factory=list)  # too small for one of several resolutions
 
 
-def local_output(settings: Settings) -> Path:
-    """The folder that gets the shards. Raises InputError for a URL."""
-    if isinstance(settings.shards_dir, str):
-        raise InputError(
-            f"--output {settings.shards_dir} is a URL; shards are written to a local folder"
-        )
-    return settings.shards_dir
-
-
 def dataset_folder(settings: Settings) -> Path:
     """Raises InputError when no dataset is named, or when it holds the output folder."""
     dataset = settings.data_config.img_dir
@@ -63,11 +55,12 @@ def dataset_folder(settings: Settings) -> Path:
         raise InputError("no dataset: name a folder of images, or set data_config.img_dir")
     if not dataset.exists():
         raise InputError(f"dataset {dataset} does not exist")
-    output = local_output(settings)
+    output = local_folder(settings)
     if output.resolve().is_relative_to(dataset.resolve()):
+        option = "--output" if isinstance(settings.shards_dir, Path) else "--state-dir"
         raise InputError(
             f"the output {output} lies inside the dataset {dataset}; name another "
-            "--output, or its shards would be read as input the next time"
+            f"{option}, or its shards would be read as input the next time"
         )
     return dataset
 
@@ -240,15 +233,16 @@ def count_tokens(captions: Iterable[str], model: ModelFolder) -> Mapping[str, To
     return counts
 
 
-def needed_bytes(shards: Iterable[ShardPlan], sequential: bool) -> int:
+def needed_bytes(shards: Sequence[ShardPlan], sequential: bool, passing: bool = False) -> int:
     """Disk space of planned shards and their sidecars, and of the embeddings that wait between the
-    two encoders of a sequential run."""
-    total = 0
-    for shard in shards:
-        records = sum(item.predicted_bytes for item in shard)
-        sidecar = 2048 + 1024 * len(shard)
-        total += TAR_END_BYTES + records * (2 if sequential else 1) + sidecar
-    return total
+    two encoders of a sequential run. `passing`: shards go on to a remote set, two at a time."""
+    records = [sum(item.predicted_bytes for item in shard) for shard in shards]
+    wholes = [
+        TAR_END_BYTES + size + 2048 + 1024 * len(shard)
+        for shard, size in zip(shards, records, strict=True)
+    ]
+    kept = sorted(wholes)[-2:] if passing else wholes
+    return sum(kept) + (sum(records) if sequential else 0)
 
 
 def bucket_lines(shards: Iterable[ShardPlan]) -> list[str]:

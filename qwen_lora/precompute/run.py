@@ -20,7 +20,8 @@ from qwen_lora.precompute.order import (
     failures_from_json,
     failures_to_json,
 )
-from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder, local_output
+from qwen_lora.precompute.output import local_folder, local_state, open_output
+from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder
 from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
 from qwen_lora.precompute.sync import Sync
@@ -28,6 +29,7 @@ from qwen_lora.precompute.world import World
 from qwen_lora.precompute.write import output_errors
 from qwen_lora.progress import Progress
 from qwen_lora.redact import redact_values
+from qwen_lora.shards.store import Store
 from qwen_lora.shards.writer import sweep_temporaries
 
 if TYPE_CHECKING:
@@ -55,25 +57,26 @@ def precompute(
     if dry_run:
         from qwen_lora.precompute.dry_run import preview
 
-        with output_errors(local_output(settings), InputError, PUT_RIGHT):
+        with output_errors(local_folder(settings), InputError, PUT_RIGHT):
             return preview(settings, asked)
     world = World.from_environment()
     with stop_on_signals(), world.guard():
         model = _resolve(settings, world)
         with (
-            output_errors(local_output(settings), QwenLoraError, CONTINUE),
-            _locked(settings, world) as local,
+            output_errors(local_folder(settings), QwenLoraError, CONTINUE),
+            open_output(settings) as store,
+            _locked(store, settings, world) as local,
         ):
             if world.first:
                 from qwen_lora.precompute.lead import Lead
 
-                with output_errors(local_output(settings), InputError, PUT_RIGHT):
-                    lead = Lead(settings, model, local, asked)
+                with output_errors(local_folder(settings), InputError, PUT_RIGHT):
+                    lead = Lead(settings, model, store, local, asked)
                     order = lead.plan()
                 world.share(order.to_json() if world.size > 1 else None)
             else:
                 order = Order.from_json(world.share())
-            done, station = _encode(order, settings, model, local, world)
+            done, station = _encode(order, settings, model, store, local, world)
             answers = world.gather(_answer(done))
             if world.first:
                 summary = lead.publish(_join(done, answers), station)
@@ -99,25 +102,29 @@ def _resolve(settings: Settings, world: World) -> ModelFolder:
 
 
 @contextmanager
-def _locked(settings: Settings, world: World) -> Iterator[Path]:
+def _locked(store: Store, settings: Settings, world: World) -> Iterator[Path]:
     """SHARDS/.local, held by rank 0 for all; what a killed run left in it is swept."""
-    folder = local_output(settings)
-    local = folder / ".local"
+    local = local_state(settings)
     if not world.first:
         yield local
         return
     with ExitStack() as held:
-        with output_errors(folder, InputError, PUT_RIGHT):
+        with output_errors(local_folder(settings), InputError, PUT_RIGHT):
             make_folder(local)
-            held.enter_context(exclusive_lock(local / "lock", f"the shard set {folder}"))
-            sweep_temporaries(folder)
+            held.enter_context(exclusive_lock(local / "lock", f"the shard set {store.label}"))
+            sweep_temporaries(store)
             values = redact_values(settings.model_dump(mode="json"))
             write_atomic(local / "settings.json", canonical_json(values))
         yield local
 
 
 def _encode(
-    order: Order, settings: Settings, model: ModelFolder, local: Path, world: World
+    order: Order,
+    settings: Settings,
+    model: ModelFolder,
+    store: Store,
+    local: Path,
+    world: World,
 ) -> tuple[Encoded, Station]:
     """This rank's shards. Without any, no encoder is loaded."""
     from qwen_lora.precompute.encode import Encoded, Share, Station, encode_share
@@ -126,7 +133,7 @@ def _encode(
     device = pick_device(world.local_rank)
     placement = placement_on(device, model, settings)
     station = Station(
-        folder=local_output(settings),
+        store=store,
         local=local,
         settings=settings,
         fingerprint=order.fingerprint,

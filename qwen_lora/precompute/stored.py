@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_lora.precompute.types import WorkItem
 from qwen_lora.shards.format import ShardEntry
 from qwen_lora.shards.manifest import load_manifest, read_sidecar
 from qwen_lora.shards.reader import ShardSet
+from qwen_lora.shards.store import Store
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class StoredParts:
 
 
 def find_stored(
-    folder: Path, shards: Sequence[ShardEntry], generation: str, items: Iterable[WorkItem]
+    store: Store, shards: Sequence[ShardEntry], generation: str, items: Iterable[WorkItem]
 ) -> StoredParts:
     """The first place of everything that `items` need; reads sidecars, and none without items."""
     wanted_latents: set[str] = set()
@@ -58,7 +58,7 @@ def find_stored(
     texts: dict[str, tuple[int, int]] = {}
     number = 0
     for entry in shards if wanted_latents else ():
-        for row in read_sidecar(folder, entry).rows:
+        for row in read_sidecar(store, entry).rows:
             if row.latent_id in wanted_latents:
                 latents.setdefault(row.latent_id, number)
             for caption, (text, tokens) in enumerate(
@@ -73,8 +73,8 @@ def find_stored(
 class StoredReader:
     """Reads stored parts, every byte checked; the set is opened at the first read."""
 
-    def __init__(self, folder: Path, parts: StoredParts) -> None:
-        self._folder, self._parts = folder, parts
+    def __init__(self, store: Store, parts: StoredParts) -> None:
+        self._store, self._parts = store, parts
         self._open: ShardSet | None = None
 
     def latent(self, latent_id: str) -> dict[str, torch.Tensor]:
@@ -92,12 +92,12 @@ class StoredReader:
 
     def _set(self) -> ShardSet:
         if self._open is None:
-            manifest, name = load_manifest(self._folder, self._parts.generation)
+            manifest, name = load_manifest(self._store, self._parts.generation)
             # A retired record's tensors are as good as a live one's.
             everything = replace(manifest, retired=None)
-            self._open = ShardSet.of_manifest(self._folder, everything, name)
+            self._open = ShardSet.of_manifest(self._store, everything, name)
         return self._open
 
     def close(self) -> None:
         if self._open is not None:
-            self._open.close()
+            self._open.close_files()

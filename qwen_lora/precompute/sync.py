@@ -132,12 +132,15 @@ def _names(existing: ExistingSet, sample_ids: Collection[str]) -> Mapping[str, s
     """The source names of stored samples; None where the set keeps none."""
     if not sample_ids or existing.manifest_name is None:
         return {}
-    with ShardSet.open(existing.folder, existing.manifest_name) as shards:
+    shards = ShardSet.open(existing.store, existing.manifest_name)
+    try:
         return {
             sample_id: shards.read_meta(row).source
             for row, sample_id in enumerate(shards.table.sample_id)
             if sample_id in sample_ids
         }
+    finally:
+        shards.close_files()
 
 
 def _below(name: str | None, skipped: Collection[str]) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.shards.format import Fingerprint, ShardEntry
+from qwen_lora.shards.store import Store
 
 if TYPE_CHECKING:
     from qwen_lora.shards.writer import EncodedSample
@@ -25,8 +26,8 @@ class BackgroundWriter:
     On an exception in the `with` block the shard at hand is still finished: it is whole.
     """
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint, made_by: dict[str, Any]) -> None:
-        self._folder, self._fingerprint, self._made_by = folder, fingerprint, made_by
+    def __init__(self, store: Store, fingerprint: Fingerprint, made_by: dict[str, Any]) -> None:
+        self._store, self._fingerprint, self._made_by = store, fingerprint, made_by
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="qwen-lora-write")
         self._waiting: Future[ShardEntry] | None = None
         self._entries: list[ShardEntry] = []
@@ -50,11 +51,11 @@ class BackgroundWriter:
         from qwen_lora.shards.writer import write_shard
 
         try:
-            return write_shard(self._folder, samples, self._fingerprint, self._made_by)
+            return write_shard(self._store, samples, self._fingerprint, self._made_by)
         except OSError as error:
             raise QwenLoraError(
-                f"cannot write to {self._folder}: {error.strerror or error}; finished shards are "
-                "kept, the same command continues once it is put right"
+                f"cannot write to {self._store.label}: {error.strerror or error}; finished shards "
+                "are kept, the same command continues once it is put right"
             ) from error
 
     def __enter__(self) -> BackgroundWriter:

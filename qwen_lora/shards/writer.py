@@ -30,6 +30,7 @@ from qwen_lora.shards.manifest import (
 )
 from qwen_lora.shards.previews import PreviewPrompt, RgbMap, encode_previews, encode_rgb
 from qwen_lora.shards.record import encode_meta, encode_record
+from qwen_lora.shards.remote.base import ChangedRemotely
 from qwen_lora.shards.safe import DTYPE_BYTES
 from qwen_lora.shards.sidecar import (
     MemberEntry,
@@ -300,12 +301,19 @@ def write_listed(place: Place, kind: str, data: bytes, suffix: str) -> FileEntry
 
 
 def publish_manifest(place: Place, manifest: Manifest) -> str:
-    """Publish a generation and point `manifest.json` at it; returns the generation's name."""
+    """Publish a generation and point `manifest.json` at it; returns the generation's name.
+
+    Raises ChangedRemotely when a remote set got another one since its manifest was read.
+    """
     data = encode_manifest(manifest)
     decode_manifest(data, "new manifest")
     entry = write_listed(place, "manifest", data, ".json")
     with opened_store(place) as store:
-        store.write(MANIFEST, data)
+        try:
+            store.write(MANIFEST, data)
+        except ChangedRemotely:  # a generation that never was one
+            store.delete(entry.name)
+            raise
     return entry.name
 
 

@@ -46,6 +46,7 @@ DROPPED = (
     ConnectionError,
     TimeoutError,
 )
+AGAIN = " meanwhile: run the same command again"
 NO_ACCESS = (
     "access denied; are the credentials in the environment (AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), and do they allow it? Some stores also answer so "
@@ -162,17 +163,17 @@ class S3Objects(Objects):
         try:
             # also for stores that take the condition and do not look at it
             if self.head(name).version != version:
-                raise ChangedRemotely(f"{self._label}/{name} was written by somebody else")
+                raise ChangedRemotely(f"{self._label}/{name} was written by somebody else{AGAIN}")
         except FileNotFoundError:
             if version is not None:
-                raise ChangedRemotely(f"{self._label}/{name} is gone") from None
+                raise ChangedRemotely(f"{self._label}/{name} is gone{AGAIN}") from None
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         try:
             answer = self._ask("put_object", name, Body=data, **condition)
         except _NotImplemented:
             return self.put(name, data)
         except FileNotFoundError:  # IfMatch on what was deleted meanwhile
-            raise ChangedRemotely(f"{self._label}/{name} is gone") from None
+            raise ChangedRemotely(f"{self._label}/{name} is gone{AGAIN}") from None
         etag: str | None = answer.get("ETag")
         return etag
 
@@ -269,7 +270,7 @@ def _translated(error: boto.ClientError, what: str) -> Exception:
     if status == 404:
         return FileNotFoundError(f"{what} is not there")
     if status == 412 or status == 416:
-        return ChangedRemotely(f"{what} is not what it was ({told})")
+        return ChangedRemotely(f"{what} is not what it was ({told}){AGAIN}")
     if status in (401, 403):
         kind = NotListed if error.operation_name == "ListObjectsV2" else RemoteError
         return kind(f"{what}: {NO_ACCESS} ({told})")

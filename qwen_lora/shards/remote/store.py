@@ -215,8 +215,12 @@ def default_state(label: str) -> Path:
     return cache_folder("state") / sha256_hex(label.encode())[:16]
 
 
-def open_remote_store(url: str, cache: ShardCache | None = None) -> RemoteStore:
-    """Raises InputError for a protocol that this installation lacks."""
+def open_remote_store(
+    url: str, cache: ShardCache | None = None, state: Path | None = None
+) -> RemoteStore:
+    """`cache` and `state` default to folders in this machine's cache.
+
+    Raises InputError for a protocol that this installation lacks."""
     from qwen_lora.shards.remote import open_remote
 
-    return RemoteStore(open_remote(url), cache or ShardCache.default())
+    return RemoteStore(open_remote(url), cache or ShardCache.default(), state)
