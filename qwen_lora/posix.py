@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -57,6 +58,12 @@ def new_folder_mode() -> int:
 
 def peak_rss_gib() -> float | None:
     """The most memory that this process has had at once, in GiB; None where nobody can say."""
+    try:  # Linux's ru_maxrss counts what the parent had at the fork too
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        status = ""
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+        return int(found[1]) / 2**20
     try:
         import resource
     except ImportError:  # Windows

@@ -66,7 +66,7 @@ def test_precompute_maps_its_options(stages: dict[str, Any]) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     settings = stages["precompute"]
-    assert stages["options"] == {"dry_run": True}
+    assert stages["options"] == {"dry_run": True, "sync": False, "yes": False}
     assert settings.data_config.img_dir == Path("images")
     assert settings.pretrained_model_name_or_path == "org/name@abc"
     assert settings.shards_dir == Path("set")

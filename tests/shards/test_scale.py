@@ -24,8 +24,9 @@ JSON_BYTES, TENSOR_BYTES = 400, 600_000
 # Run alone, so that the peak is this process's. torch, which planning imports, is there before the
 # clock starts, and its memory counts.
 OPEN_AND_PLAN = """
-import resource, sys, time
+import sys, time
 import torch
+from qwen_lora.posix import peak_rss_gib
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.plan import BatchRule, PlanTable, plan_epoch
 start = time.perf_counter()
@@ -36,8 +37,7 @@ plan = plan_epoch(table, BatchRule(train_batch_size=4, micro_batches_per_step=8,
 planned = time.perf_counter()
 assert shards.table.token_counts.sum() == 77 * len(table)
 assert sorted(plan.row.tolist()) == list(range(len(table)))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(len(table), opened - start, planned - start, peak / 1024)
+print(len(table), opened - start, planned - start, peak_rss_gib() * 1024)
 """
 
 
