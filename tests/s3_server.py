@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
 import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 from moto.server import ThreadedMotoServer
 
 BUCKET = "some-bucket"
+SECRET = "wJalrXUtnFEMI-secret-of-the-test"
 SIGNED = {  # moto asks who it is, and believes it
     "Host": "localhost",
     "Authorization": "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request",
@@ -100,6 +104,11 @@ class S3Server:
         status, body = self.direct("GET", key)
         return body if status == 200 else None
 
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        """Every object below `prefix`, by the rest of its key."""
+        keys = self.keys(f"{prefix}/")
+        return {key.removeprefix(f"{prefix}/"): self.get(key) or b"" for key in keys}
+
     def delete(self, key: str) -> None:
         self.direct("DELETE", key)
 
@@ -112,6 +121,20 @@ class S3Server:
     def uploads(self) -> int:
         """Multipart uploads that were begun and neither completed nor aborted."""
         return self.direct("GET", "?uploads")[1].count(b"<UploadId>")
+
+
+@contextmanager
+def s3_stand_in() -> Iterator[S3Server]:
+    """A server, with the environment of this process pointing to it."""
+    with S3Server() as server, pytest.MonkeyPatch.context() as changed:
+        changed.setenv("AWS_ENDPOINT_URL", server.url)
+        changed.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+        changed.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        changed.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        changed.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        changed.setenv("AWS_CONFIG_FILE", os.devnull)
+        changed.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        yield server
 
 
 class _Proxy(ThreadingHTTPServer):

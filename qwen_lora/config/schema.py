@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen_lora.config.data import DataConfig
-from qwen_lora.config.field import Section, SetPlace, setting
+from qwen_lora.config.field import LocalPath, Section, SetPlace, setting
 from qwen_lora.config.stage1 import PrecomputeSettings
 from qwen_lora.config.stage2 import ShardSource, TrainSettings
 
@@ -35,6 +35,15 @@ class CommonSettings(Section):
         "Where the shard set is: a folder or a URL.",
         command="both",
         changes="nothing",
+    )
+    shard_cache_dir: LocalPath | None = setting(
+        None,
+        "Where downloads of remote shard sets are kept; empty: ~/.cache/qwen-lora/shards.",
+        command="both",
+        changes="nothing",
+    )
+    shard_cache_gib: float = setting(
+        100.0, "Most GiB of downloads kept.", command="both", changes="nothing", gt=0
     )
     seed: int = setting(
         0, "Seed of every random choice.", command="both", changes="result", ge=0, lt=2**63

@@ -286,15 +286,6 @@ class TrainSettings(Section):
     read_ahead: int = setting(
         4, "Micro-batches read and decoded ahead.", command="train", changes="nothing", ge=0
     )
-    shard_cache_dir: LocalPath | None = setting(
-        None,
-        "Where downloads of remote shard sets are kept; empty: ~/.cache/qwen-lora/shards.",
-        command="train",
-        changes="nothing",
-    )
-    shard_cache_gib: float = setting(
-        100.0, "Most GiB of downloads kept.", command="train", changes="nothing", gt=0
-    )
 
     @field_validator("optimizer")
     @classmethod

@@ -16,7 +16,7 @@ from qwen_lora.precompute.fingerprint import (
     chosen_facts,
     make_recipe,
 )
-from qwen_lora.precompute.output import local_folder, local_state, open_output
+from qwen_lora.precompute.output import folder_option, local_folder, local_state, open_output
 from qwen_lora.precompute.previews import plan_prompts, preview_lines
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.report import (
@@ -105,7 +105,7 @@ def _preview(settings: Settings, store: Store, sync: Sync | None) -> PrecomputeS
         report=Path("the report of the real run"),
     )
     print("\n".join(["a run would end with:", *summary.lines()]))
-    check_space(folder, needed, free)
+    check_space(folder, needed, free, folder_option(settings))
     return summary
 
 

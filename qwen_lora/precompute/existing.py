@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, field
 
 from qwen_lora.errors import ShardError
@@ -62,12 +62,14 @@ class ExistingSet:
         """Raises ShardError when their file is damaged."""
         return [] if self.manifest is None else read_prompts(self.store, self.manifest)
 
-    def unlisted(self, fingerprint: Fingerprint) -> list[tuple[ShardEntry, list[str]]]:
-        """Whole shards that a stopped run left, with their sample ids."""
+    def unlisted(
+        self, fingerprint: Fingerprint, wanted: Container[str]
+    ) -> list[tuple[ShardEntry, list[str]]]:
+        """Whole shards of wanted samples that a stopped run left, with their sample ids."""
         listed = frozenset(entry.tar.name for entry in self.shards)
         return [
             (entry, [row.sample_id for row in sidecar.rows])
-            for entry, sidecar in adoptable_shards(self.store, fingerprint, listed)
+            for entry, sidecar in adoptable_shards(self.store, fingerprint, listed, wanted)
         ]
 
     def find(self, items: Iterable[WorkItem]) -> StoredParts:

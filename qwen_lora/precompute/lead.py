@@ -28,7 +28,7 @@ from qwen_lora.precompute.fingerprint import (
 )
 from qwen_lora.precompute.joining import without_stored
 from qwen_lora.precompute.order import Order
-from qwen_lora.precompute.output import local_folder
+from qwen_lora.precompute.output import folder_option, local_folder
 from qwen_lora.precompute.previews import PromptPlan, plan_prompts
 from qwen_lora.precompute.remembered import RememberedFailures, RememberedSources
 from qwen_lora.precompute.report import (
@@ -42,7 +42,7 @@ from qwen_lora.precompute.rgb_map import fit_rgb_map
 from qwen_lora.precompute.sync import Removal, Sync, find_removed
 from qwen_lora.precompute.texts import TextStore
 from qwen_lora.precompute.types import Skip
-from qwen_lora.precompute.worklist import Adoption, Wanted, adopt
+from qwen_lora.precompute.worklist import Adoption, ShardPlan, Wanted, adopt
 from qwen_lora.precompute.write import check_space, free_space
 from qwen_lora.shards.format import FileEntry, Manifest, ShardEntry
 from qwen_lora.shards.reader import ShardSet
@@ -91,8 +91,9 @@ class Lead:
         large removal that is not confirmed, too little space.
         """
         found = planning.scan(self.settings)
+        self.existing = ExistingSet.load(self.store)  # weights may take minutes to hash: first
         self.fingerprint = make_fingerprint(self.model, self.settings, self.local / "weights.json")
-        self._load_existing()
+        self._check_existing()
         self.sources = RememberedSources(
             self.local / "sources.json", planning.remembered_rules(self.settings)
         )
@@ -105,12 +106,13 @@ class Lead:
         self.prompts = plan_prompts(self.settings, self.model, self.existing)
         missing = planning.missing_samples(self.wanted, self.existing.sources)
         planned = planning.plan_shards(missing, self.model, self.settings)
-        self.adoption = adopt(planned, self.existing.unlisted(self.fingerprint) if planned else [])
+        self.adoption = adopt(planned, self._unlisted(planned))
         shards = self.adoption.shards + planning.cut(self.adoption.leftovers, self.settings)
         device = pick_device()
         sequential = placement_on(device, self.model, self.settings) != "together"
         needed = planning.needed_bytes(shards, sequential, passing=self.store.is_remote)
-        check_space(self.folder, needed, free_space(self.folder))
+        option = folder_option(self.settings)
+        check_space(self.folder, needed, free_space(self.folder), option)
         return Order(
             shards=tuple(shards),
             known_failures=self._known_failures(),
@@ -120,6 +122,11 @@ class Lead:
             prompts=self.prompts,
             stored=self.existing.find(item for shard in shards for item in shard),
         )
+
+    def _unlisted(self, planned: Sequence[ShardPlan]) -> list[tuple[ShardEntry, list[str]]]:
+        """Whole shards that a stopped run left, of samples that this one is to make."""
+        missing = {item.sample_id for shard in planned for item in shard}
+        return self.existing.unlisted(self.fingerprint, missing) if missing else []
 
     def _find_removed(self, failures: Iterable[Skip]) -> Removal:
         """What `--sync` retires when these images could not be encoded either."""
@@ -144,7 +151,7 @@ class Lead:
         removal = self._find_removed(done.failures.values())
         if line := removal.line():
             print(line, file=sys.stderr)
-        manifest_name, retired = self._publish_joined(done, removal.sample_ids, station)
+        manifest_name, retired = self._publish_joined(done, made, removal.sample_ids, station)
         outcome = self._outcome(done, made)
         return summarize(
             outcome,
@@ -157,7 +164,7 @@ class Lead:
         )
 
     def _publish_joined(
-        self, done: Encoded, removed: Collection[str], station: Station
+        self, done: Encoded, made: Collection[str], removed: Collection[str], station: Station
     ) -> tuple[str | None, frozenset[str]]:
         """The generation's name and its retired samples. A remote set may have got another
         generation since it was read: then this run's shards are added to that one."""
@@ -168,15 +175,25 @@ class Lead:
                 return self._publish_generation(new, done, retired, station), retired
             except ChangedRemotely:
                 print(f"{self.store.label} has a new generation: joining it", file=sys.stderr)
-            self._load_existing()
+            self.existing = ExistingSet.load(self.store)
+            self._check_existing()
+            self._check_kept({*made, *done.failures})
             new = without_stored(self.store, new, self.existing)
         raise QwenLoraError(
             f"{self.store.label} got another generation {MOST_CONFLICTS} times while this run "
             "published its own; its shards are there: run the same command again"
         )
 
-    def _load_existing(self) -> None:
-        self.existing = ExistingSet.load(self.store)
+    def _check_kept(self, made: Collection[str]) -> None:
+        """Raises QwenLoraError when a sample that was in the set is not in the new generation."""
+        lost = self.wanted.samples.keys() - self.existing.sources.keys() - set(made)
+        if lost:
+            raise QwenLoraError(
+                f"{self.store.label}: {len(lost)} samples of this dataset were pruned while this "
+                "run made others; its shards are there: run the same command again"
+            )
+
+    def _check_existing(self) -> None:
         if self.existing.manifest is not None:
             check_fingerprint(self.existing.manifest, self.fingerprint, self.store.label)
             check_recipe(self.existing.manifest, self.recipe, self.store.label)

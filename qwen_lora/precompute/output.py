@@ -33,6 +33,11 @@ def local_state(settings: Settings) -> Path:
     return default_state(without_secrets(place).rstrip("/"))
 
 
+def folder_option(settings: Settings) -> str:
+    """The option that names `local_folder`."""
+    return "--output" if isinstance(settings.shards_dir, Path) else "--state-dir"
+
+
 def local_folder(settings: Settings) -> Path:
     """The folder of this machine that gets files: the set's own, or the one for its state."""
     place = settings.shards_dir
@@ -50,9 +55,11 @@ def open_output(settings: Settings) -> Iterator[Store]:
     if isinstance(place, Path):
         yield FolderStore(place)
         return
+    from qwen_lora.shards.remote.cache import ShardCache
     from qwen_lora.shards.remote.store import open_remote_store
 
-    store = open_remote_store(place, state=state)
+    cache = ShardCache.default(settings.shard_cache_dir, settings.shard_cache_gib)
+    store = open_remote_store(place, cache, state)
     try:
         store.check_writable()
         yield store

@@ -15,7 +15,7 @@ from qwen_lora.models import ModelFolder
 from qwen_lora.precompute.ahead import work_ahead
 from qwen_lora.precompute.geometry import make_geometries
 from qwen_lora.precompute.inspect import inspect_image
-from qwen_lora.precompute.output import local_folder
+from qwen_lora.precompute.output import folder_option, local_folder
 from qwen_lora.precompute.remembered import RememberedSources
 from qwen_lora.precompute.scan import scan_dataset
 from qwen_lora.precompute.types import Candidate, Inspection, Scan, Skip
@@ -57,10 +57,9 @@ def dataset_folder(settings: Settings) -> Path:
         raise InputError(f"dataset {dataset} does not exist")
     output = local_folder(settings)
     if output.resolve().is_relative_to(dataset.resolve()):
-        option = "--output" if isinstance(settings.shards_dir, Path) else "--state-dir"
         raise InputError(
             f"the output {output} lies inside the dataset {dataset}; name another "
-            f"{option}, or its shards would be read as input the next time"
+            f"{folder_option(settings)}, or its shards would be read as input the next time"
         )
     return dataset
 

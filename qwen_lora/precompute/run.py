@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,12 @@ from qwen_lora.precompute.order import (
     failures_from_json,
     failures_to_json,
 )
-from qwen_lora.precompute.output import local_folder, local_state, open_output
+from qwen_lora.precompute.output import (
+    folder_option,
+    local_folder,
+    local_state,
+    open_output,
+)
 from qwen_lora.precompute.plan import DEFAULT_MODEL, ENCODER_PARTS, dataset_folder
 from qwen_lora.precompute.report import PrecomputeSummary
 from qwen_lora.precompute.stopping import stop_on_signals
@@ -37,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PrecomputeSummary", "precompute"]
 
-PUT_RIGHT = "name a folder that you may write to, with room on its disk, as --output"
 CONTINUE = "finished shards are kept, the same command continues once it is put right"
 
 
@@ -57,43 +61,59 @@ def precompute(
     if dry_run:
         from qwen_lora.precompute.dry_run import preview
 
-        with output_errors(local_folder(settings), InputError, PUT_RIGHT):
+        with _folder_errors(settings):
             return preview(settings, asked)
     world = World.from_environment()
-    with stop_on_signals(), world.guard():
-        model = _resolve(settings, world)
-        with (
-            output_errors(local_folder(settings), QwenLoraError, CONTINUE),
-            open_output(settings) as store,
-            _locked(store, settings, world) as local,
-        ):
-            if world.first:
-                from qwen_lora.precompute.lead import Lead
-
-                with output_errors(local_folder(settings), InputError, PUT_RIGHT):
-                    lead = Lead(settings, model, store, local, asked)
-                    order = lead.plan()
-                world.share(order.to_json() if world.size > 1 else None)
-            else:
-                order = Order.from_json(world.share())
-            done, station = _encode(order, settings, model, store, local, world)
-            answers = world.gather(_answer(done))
-            if world.first:
-                summary = lead.publish(_join(done, answers), station)
-                world.share(asdict(summary))
-            else:
-                summary = PrecomputeSummary(**world.share())
+    with (
+        stop_on_signals(),
+        world.guard(),
+        output_errors(local_folder(settings), QwenLoraError, CONTINUE),
+        open_output(settings) as store,
+    ):
+        model = _resolve(store, settings, world)
+        with _locked(store, settings, world) as local:
+            summary = _run(settings, model, store, local, world, asked)
             world.gather(None)  # rank 0 keeps the store open until all have heard
     if world.first:
         print("\n".join(summary.lines()), flush=True)
     return summary
 
 
-def _resolve(settings: Settings, world: World) -> ModelFolder:
-    """Rank 0 first: it may download, and the others find it in the cache."""
+def _run(
+    settings: Settings, model: ModelFolder, store: Store, local: Path, world: World, sync: Sync
+) -> PrecomputeSummary:
+    """Rank 0 plans and publishes, all encode."""
+    if not world.first:
+        order = Order.from_json(world.share())
+        done, _ = _encode(order, settings, model, store, local, world)
+        world.gather(_answer(done))
+        return PrecomputeSummary(**world.share())
+    from qwen_lora.precompute.lead import Lead
+
+    with _folder_errors(settings):
+        lead = Lead(settings, model, store, local, sync)
+        order = lead.plan()
+    world.share(order.to_json() if world.size > 1 else None)
+    done, station = _encode(order, settings, model, store, local, world)
+    summary = lead.publish(_join(done, world.gather(_answer(done))), station)
+    world.share(asdict(summary))
+    return summary
+
+
+def _folder_errors(settings: Settings) -> AbstractContextManager[None]:
+    """A folder that cannot be used is the user's to put right."""
+    option = folder_option(settings)
+    advice = f"name a folder that you may write to, with room on its disk, as {option}"
+    return output_errors(local_folder(settings), InputError, advice)
+
+
+def _resolve(store: Store, settings: Settings, world: World) -> ModelFolder:
+    """Rank 0 first: it may download, and the others find it in the cache. What is plainly wrong is
+    said before anything is downloaded or made."""
     name = settings.pretrained_model_name_or_path or DEFAULT_MODEL
     if world.first:
-        dataset_folder(settings)  # what is plainly wrong is said before anything is made
+        dataset_folder(settings)
+        store.check_permission()
         model = resolve_model(name, ENCODER_PARTS)
         world.share(True)
         return model
@@ -109,7 +129,7 @@ def _locked(store: Store, settings: Settings, world: World) -> Iterator[Path]:
         yield local
         return
     with ExitStack() as held:
-        with output_errors(local_folder(settings), InputError, PUT_RIGHT):
+        with _folder_errors(settings):
             make_folder(local)
             held.enter_context(exclusive_lock(local / "lock", f"the shard set {store.label}"))
             sweep_temporaries(store)

@@ -84,12 +84,12 @@ def output_errors(folder: Path, kind: type[QwenLoraError], advice: str) -> Itera
         raise kind(f"the output {folder} cannot be used: {reason}; {advice}") from error
 
 
-def check_space(folder: Path, needed_bytes: int, free_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int, free_bytes: int, option: str) -> None:
     """Raises InputError when the shards will not fit."""
     if needed_bytes > free_bytes:
         raise InputError(
             f"the shards need {mib(needed_bytes)} but {folder} has {mib(free_bytes)} free; make "
-            "room or name another --output"
+            f"room or name another {option}"
         )
 
 

@@ -21,7 +21,13 @@ from qwen_lora.shards.manifest import content_name, read_sidecar
 from qwen_lora.shards.sidecar import MemberEntry, Sidecar, SidecarRow
 from qwen_lora.shards.store import Store
 from qwen_lora.shards.tar import MEMBERS, canonical_header, padded, tar_bytes
-from qwen_lora.shards.writer import TEMPORARY, HashingFile, sidecar_bytes, sweep_temporaries
+from qwen_lora.shards.writer import (
+    TEMPORARY,
+    HashingFile,
+    publish_sidecar,
+    sidecar_bytes,
+    sweep_temporaries,
+)
 
 
 @contextmanager
@@ -77,8 +83,7 @@ def write_records(
         path.unlink()
         raise
     store.publish(path, tar)
-    store.write(name, data)
-    return ShardEntry(tar, FileEntry(name, len(data), sha256_hex(data)), len(rows))
+    return ShardEntry(tar, publish_sidecar(store, name, sidecar, data), len(rows))
 
 
 def _write_record(file: HashingFile, record: RawRecord) -> SidecarRow:
@@ -117,8 +122,7 @@ def copy_shard(source: Store, manifest: Manifest, entry: ShardEntry, target: Sto
     if not _has(target, entry.tar):
         _copy_tar(source, manifest, entry, sidecar, target)
     data = sidecar_bytes(target, entry.sidecar.name, sidecar)
-    target.write(entry.sidecar.name, data)
-    return replace(entry, sidecar=FileEntry(entry.sidecar.name, len(data), sha256_hex(data)))
+    return replace(entry, sidecar=publish_sidecar(target, entry.sidecar.name, sidecar, data))
 
 
 def _copy_tar(

@@ -95,6 +95,9 @@ class Store(ABC):
     def check_writable(self) -> None:  # noqa: B027 - a folder says so itself
         """Raises InputError where files can only be read, never written or deleted."""
 
+    def check_permission(self) -> None:  # noqa: B027 - a folder says so itself
+        """Raises what a remote store would refuse the first upload with, before there is one."""
+
     @property
     @abstractmethod
     def scratch(self) -> Path:
@@ -107,6 +110,12 @@ class Store(ABC):
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Write a small file, whole or not at all, and durably."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """As `write`; a remote store writes nothing and says False when other bytes have the name.
+        A local one is written by whoever holds its lock."""
+        self.write(name, data)
+        return True
 
     @abstractmethod
     def delete(self, name: str) -> None:

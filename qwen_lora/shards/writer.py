@@ -7,17 +7,18 @@ replace equal bytes. The bytes depend on the samples alone: no clock, user, host
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any
 
-from qwen_lora.errors import ShardError
+from qwen_lora.errors import QwenLoraError, ShardError
 from qwen_lora.hashing import canonical_json, sha256_hex
 from qwen_lora.posix import temporary_file
 from qwen_lora.shards.check import check_record, scan_tar
 from qwen_lora.shards.format import FileEntry, Fingerprint, Manifest, RecordMeta, ShardEntry
+from qwen_lora.shards.generations import walk_generations
 from qwen_lora.shards.manifest import (
     LISTED_MAX_BYTES,
     MANIFEST,
@@ -109,13 +110,13 @@ def write_shard(
         name = content_name("shard", sha256, ".json")
         try:
             _check_layout(path, rows)
-            data = sidecar_bytes(store, name, Sidecar(fingerprint, made_by, tuple(rows)))
+            sidecar = Sidecar(fingerprint, made_by, tuple(rows))
+            data = sidecar_bytes(store, name, sidecar)
         except BaseException:
             path.unlink()
             raise
         store.publish(path, tar)
-        store.write(name, data)
-        return ShardEntry(tar, FileEntry(name, len(data), sha256_hex(data)), len(rows))
+        return ShardEntry(tar, publish_sidecar(store, name, sidecar, data), len(rows))
 
 
 def sidecar_bytes(store: Store, name: str, sidecar: Sidecar) -> bytes:
@@ -130,6 +131,14 @@ def sidecar_bytes(store: Store, name: str, sidecar: Sidecar) -> bytes:
         return data
     same = (old.fingerprint.hash, old.rows) == (sidecar.fingerprint.hash, sidecar.rows)
     return present if same else data
+
+
+def publish_sidecar(store: Store, name: str, sidecar: Sidecar, data: bytes) -> FileEntry:
+    """Publish what `sidecar_bytes` gave, or what another run has published of that name since."""
+    if not store.create(name, data):
+        data = sidecar_bytes(store, name, sidecar)
+        store.write(name, data)
+    return FileEntry(name, len(data), sha256_hex(data))
 
 
 def _write_tar(file: HashingFile, samples: Iterable[EncodedSample], rows: list[SidecarRow]) -> None:
@@ -217,28 +226,36 @@ def sweep_temporaries(place: Place) -> int:
 
 
 def adoptable_shards(
-    place: Place, fingerprint: Fingerprint, listed: frozenset[str] = frozenset()
+    place: Place,
+    fingerprint: Fingerprint,
+    listed: frozenset[str] = frozenset(),
+    wanted: Container[str] | None = None,
 ) -> list[tuple[ShardEntry, Sidecar]]:
     """Whole shards with this fingerprint that are not among `listed` (tar names of a manifest).
 
-    Each is checked whole: the tar against its name, every fact of the sidecar against the tar. A
-    tar whose sidecar is missing, or that is damaged, is left alone; the same bytes come again under
-    its name.
+    With `wanted` only those of which every sample id is in it; of the others no tar is read. Each
+    is checked whole: the tar against its name, every fact of the sidecar against the tar. A tar
+    whose sidecar is missing, or that is damaged, is left alone; the same bytes come again under its
+    name.
     """
     with opened_store(place) as store:
         names = [name for name in store.names() or () if PurePath(name).match("shard-*.tar")]
-        found = (_adoptable(store, name, fingerprint) for name in names if name not in listed)
+        found = (
+            _adoptable(store, name, fingerprint, wanted) for name in names if name not in listed
+        )
         return [shard for shard in found if shard is not None]
 
 
 def _adoptable(
-    store: Store, name: str, fingerprint: Fingerprint
+    store: Store, name: str, fingerprint: Fingerprint, wanted: Container[str] | None
 ) -> tuple[ShardEntry, Sidecar] | None:
     side = name.removesuffix(".tar") + ".json"
     try:
         data = store.read(side, LISTED_MAX_BYTES)
         sidecar = decode_sidecar(data, side)
         if not sidecar.rows or sidecar.fingerprint.hash != fingerprint.hash:
+            return None
+        if wanted is not None and any(row.sample_id not in wanted for row in sidecar.rows):
             return None
         with store.open_unlisted(name, tar_bytes(sidecar.rows[-1].end)) as file:
             sha256, length, problems = scan_tar(
@@ -311,10 +328,23 @@ def publish_manifest(place: Place, manifest: Manifest) -> str:
     with opened_store(place) as store:
         try:
             store.write(MANIFEST, data)
-        except ChangedRemotely:  # a generation that never was one
-            store.delete(entry.name)
+        except ChangedRemotely:
+            if not _was_published(store, entry.name, manifest.previous):
+                store.delete(entry.name)
             raise
     return entry.name
+
+
+def _was_published(store: Store, name: str, previous: str | None) -> bool:
+    """Whether `name`, made after `previous`, is one of the set's generations now: another run may
+    have made it too, or the answer to this one's own write was lost, and more came since."""
+    try:
+        for generation in walk_generations(store):
+            if generation.name in (name, previous):
+                return generation.name == name
+    except QwenLoraError:  # it cannot be told: an unlisted file does no harm
+        return True
+    return False
 
 
 def build_manifest(

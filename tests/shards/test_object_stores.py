@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,27 +19,18 @@ from qwen_lora.shards.remote.cache import ShardCache
 from qwen_lora.shards.remote.objects import ObjectRemote, open_object_remote
 from qwen_lora.shards.remote.retries import Patience
 from qwen_lora.shards.remote.store import RemoteStore
-from tests.s3_server import BUCKET, Fault, S3Server
+from tests.s3_server import BUCKET, SECRET, Fault, S3Server, s3_stand_in
 from tests.shards.conftest import write_set
 
 HASTE = Patience(attempts=5, first_wait_s=0.001, longest_wait_s=0.01, stall_s=0.4)
-SECRET = "wJalrXUtnFEMI-secret-of-the-test"
 RATES = (0.2, 0.4, 0.7)  # of faults among the requests of a sequence
 STATUSES = (429, 500, 502, 503, 504)
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    with S3Server() as server:
-        changed = pytest.MonkeyPatch()
-        changed.setenv("AWS_ENDPOINT_URL", server.url)
-        changed.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
-        changed.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        changed.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        changed.setenv("AWS_CONFIG_FILE", os.devnull)
-        changed.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    with s3_stand_in() as server:
         yield server
-        changed.undo()
 
 
 @pytest.fixture(scope="module")

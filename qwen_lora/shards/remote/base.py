@@ -72,6 +72,9 @@ class Remote(ABC):
         if type(self).delete is Remote.delete:
             raise self._read_only()
 
+    def check_permission(self) -> None:  # noqa: B027 - most can only be tried
+        """Raises InputError or RemoteError where this user may not put objects, and leaves none."""
+
     def put(self, name: str, source: Path | bytes, check: Callable[[], None] = never_stop) -> None:
         """Upload under a content name, whole or not at all; an object of that name and length is
         taken to be it. Raises InputError where this protocol cannot write, RemoteError."""

@@ -7,7 +7,10 @@ what somebody reads is never evicted: files in use may exceed the limit, everyth
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,7 @@ from qwen_lora.shards.remote.base import ChangedRemotely, RemoteError
 
 GIB = 1 << 30
 DEFAULT_GIB = 100.0
+LEFT_FREE_BYTES = 2 * GIB  # on the disk, when what was written elsewhere is kept too
 FETCHES = 3  # of one file whose content is not what the manifest says
 _POLL_SECONDS = 0.05
 _STALE_SECONDS = 3600.0  # a partial download that nobody goes on with
@@ -102,11 +106,16 @@ class ShardCache:
         return 0
 
     def add(self, entry: FileEntry, source: Path) -> None:
-        """Move a file whose content is known to be right into the cache."""
+        """Move a file whose content is known to be right into the cache. It can be had again: a
+        disk that refuses it, or that has little room left, gets none."""
         copy = self._copy(entry)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(entry.bytes)
-        os.replace(source, copy)
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(entry.bytes)
+            if shutil.disk_usage(self.folder).free >= LEFT_FREE_BYTES:
+                _move(source, copy)
+        except OSError:
+            pass
 
     def discard_damaged(self, entry: FileEntry) -> bool:
         """Remove the copy if its content is wrong, as a disk may make it. False if it is right."""
@@ -207,6 +216,21 @@ def _is_still(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _move(source: Path, copy: Path) -> None:
+    """Rename, from another disk too; `copy` is whole or absent."""
+    try:
+        os.replace(source, copy)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        part = copy.with_suffix(f".{secrets.token_hex(6)}.part")
+        try:
+            shutil.copyfile(source, part)
+            os.replace(part, copy)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _remove_unused(path: Path) -> bool:

@@ -66,6 +66,9 @@ class Objects(ABC):
     def upload(self, name: str, source: Path, attempts: Attempts) -> None:
         """A long file, whole or not at all; repeats its own parts with `attempts`."""
 
+    def check_permission(self) -> None:  # noqa: B027 - most can only be tried
+        """As `Remote.check_permission`."""
+
     @abstractmethod
     def delete(self, name: str) -> None: ...
 
@@ -204,12 +207,16 @@ class ObjectRemote(Remote):
         except ChangedRemotely:
             # An answer may have been lost on its way: then the object is the one written here.
             try:
-                there, its_version = self.read(name, len(data))
-            except (FileNotFoundError, RemoteError):
-                there, its_version = b"", None
-            if there == data:
-                return its_version
+                if attempts(lambda: self._objects.head(name)).size == len(data):
+                    there, its_version = self.read(name, len(data))
+                    if there == data:
+                        return its_version
+            except FileNotFoundError:
+                pass
             raise
+
+    def check_permission(self) -> None:
+        self._attempts("", never_stop)(self._objects.check_permission)
 
     def delete(self, name: str) -> None:
         try:

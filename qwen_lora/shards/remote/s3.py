@@ -222,6 +222,19 @@ class S3Objects(Objects):
             except (RemoteError, InputError, FileNotFoundError):
                 return
 
+    def check_permission(self) -> None:
+        """Begins an upload and ends it again: only who may write can, and no object comes of it."""
+        name = "manifest.json"
+        try:
+            begun = self._ask("create_multipart_upload", name)
+        except _NotImplemented:
+            return
+        except RemoteError:
+            if not self._files.anon:
+                raise
+            raise InputError(f"{self._label}: no credentials to write with; {NO_ACCESS}") from None
+        self._abort(name, {"UploadId": begun["UploadId"]})
+
     def delete(self, name: str) -> None:
         self._ask("delete_object", name)
 

@@ -52,6 +52,8 @@ class RemoteStore(Store):
         return True
 
     def read(self, name: str, most_bytes: int) -> bytes:
+        if name == _MANIFEST:
+            self._version = None  # unless there is one
         data, version = self.remote.read(name, most_bytes, self._check)
         if name == _MANIFEST:
             self._version = version
@@ -147,9 +149,15 @@ class RemoteStore(Store):
         self._state.mkdir(parents=True, exist_ok=True)
         return self._state
 
+    def check_permission(self) -> None:
+        self.remote.check_permission()
+
     def publish(self, temporary: Path, file: FileEntry) -> None:
-        self.remote.put(file.name, temporary, self._check)
-        self.cache.add(file, temporary)
+        try:
+            self.remote.put(file.name, temporary, self._check)
+            self.cache.add(file, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Raises ChangedRemotely when `manifest.json` is not the one that was read last."""
@@ -157,6 +165,13 @@ class RemoteStore(Store):
             self._version = self.remote.replace(name, data, self._version)
         else:
             self.remote.put(name, data, self._check)
+
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self.remote.replace(name, data, None)
+        except ChangedRemotely:
+            return False
+        return True
 
     def delete(self, name: str) -> None:
         self.remote.delete(name)
