@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,3 +128,217 @@ def test_a_changed_dataset_costs_its_changes(
     with pytest.raises(InputError, match=rf"s3://{BUCKET}/{prefix} was made with other encoders"):
         precompute(far(data, text_encoder_dtype="float32"))
     assert s3.objects(prefix) == published(place)
+
+
+# ---- two runs at once ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch):
+    """`meanwhile(act)`: right before the next generation is published, `act` is called."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        publish = lead.publish_manifest
+
+        def late(*arguments: object) -> str:
+            monkeypatch.setattr(lead, "publish_manifest", publish)
+            act()
+            return publish(*arguments)
+
+        monkeypatch.setattr(lead, "publish_manifest", late)
+
+    return arrange
+
+
+def check_whole(url: str, sources: set[str], history: bool = True) -> None:
+    """The set holds one sample of each source, every byte of it is right, and all its earlier
+    generations are there."""
+    report = verify(url, deep=True)
+    assert report.problems == [] and report.samples == len(sources)
+    with ShardSet.open(url) as shards:
+        assert {shards.read_meta(row).source for row in range(len(shards))} == sources
+        name = shards.manifest.previous if history else None
+        while name is not None:
+            manifest, _ = load_manifest(shards.store, name)
+            name = manifest.previous
+
+
+def folder_of(tmp_path: Path, name: str, numbers: range) -> Path:
+    for number in numbers:
+        add_image(tmp_path / name, f"{number}", number, f"picture {number}", side=32)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("theirs", [range(6, 10), range(3, 9), range(1, 2)])
+def test_two_datasets_at_once_become_one_set(
+    s3: S3Server, prefix, far, tmp_path, meanwhile, theirs: range, capsys
+) -> None:
+    """The other's are all new, some of them, or one that stands in the middle of a shard here."""
+    here = {"img_dir": folder_of(tmp_path, "here", range(6)), "img_size": [32]}
+    there = {"img_dir": folder_of(tmp_path, "there", theirs), "img_size": [32]}
+    meanwhile(lambda: precompute(far(there, state="other")))
+    summary = precompute(far(here))
+    sources = {f"{number}.png" for number in {*range(6), *theirs}}
+    assert (summary.samples, summary.exit_code) == (len(sources), 0)
+    assert "has a new generation: joining it" in capsys.readouterr().err
+    check_whole(f"s3://{BUCKET}/{prefix}", sources)
+    # the one that was made in vain is gone
+    assert len([key for key in s3.objects(prefix) if key.startswith("manifest-")]) == 2
+    s3.requests.clear()
+    for data in (here, there):
+        assert precompute(far(data)).samples_written == 0
+    assert changes(s3) == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_dataset_twice_at_once_is_one_set(
+    s3: S3Server, prefix, far, tmp_path, meanwhile, make_settings, published: Published, first: bool
+) -> None:
+    data = {"img_dir": folder_of(tmp_path, "images", range(6)), "img_size": [32]}
+    if not first:
+        precompute(far(data))
+        precompute(make_settings(data))
+        folder_of(tmp_path, "images", range(6, 9))
+    precompute(make_settings(data))
+    meanwhile(lambda: precompute(far(data, state="other")))
+    summary = precompute(far(data))
+    assert summary.exit_code == 0
+    assert s3.objects(prefix) == published(tmp_path / "shards")
+
+
+def test_a_write_whose_answer_is_lost_and_another_on_top_of_it(
+    s3: S3Server, prefix, far, tmp_path, monkeypatch
+) -> None:
+    """The first run's generation is the second's history: it must stay."""
+    here = {"img_dir": folder_of(tmp_path, "here", range(3)), "img_size": [32]}
+    there = {"img_dir": folder_of(tmp_path, "there", range(3, 6)), "img_size": [32]}
+    put_if = objects.ObjectRemote.replace
+
+    def lost(remote: objects.ObjectRemote, name: str, data: bytes, version: str | None) -> str:
+        result = put_if(remote, name, data, version)
+        if name == "manifest.json":
+            monkeypatch.setattr(objects.ObjectRemote, "replace", put_if)
+            precompute(far(there, state="other"))
+            return put_if(remote, name, data, version)  # as if the first had not been answered
+        return result
+
+    monkeypatch.setattr(objects.ObjectRemote, "replace", lost)
+    assert precompute(far(here)).samples == 6
+    check_whole(f"s3://{BUCKET}/{prefix}", {f"{number}.png" for number in range(6)})
+    names = [key for key in s3.objects(prefix) if key.startswith("manifest-")]
+    assert len(names) == 2
+
+
+def test_other_encoders_meanwhile_are_refused_and_change_nothing(
+    s3: S3Server, prefix, far, tmp_path, meanwhile
+) -> None:
+    here = {"img_dir": folder_of(tmp_path, "here", range(3)), "img_size": [32]}
+    there = {"img_dir": folder_of(tmp_path, "there", range(3, 6)), "img_size": [32]}
+    meanwhile(lambda: precompute(far(there, state="other", text_encoder_dtype="float32")))
+    with pytest.raises(InputError, match="made with other encoders: text.compute_dtype"):
+        precompute(far(here))
+    check_whole(f"s3://{BUCKET}/{prefix}", {f"{number}.png" for number in range(3, 6)})
+    names = [key for key in s3.objects(prefix) if key.startswith("manifest-")]
+    assert len(names) == 1
+
+
+def test_samples_that_are_pruned_meanwhile_are_missed(
+    s3: S3Server, prefix, far, tmp_path, meanwhile
+) -> None:
+    """A retired sample only had to be taken off the list, and then its record was gone."""
+    from qwen_lora.shards.prune import prune
+
+    url = f"s3://{BUCKET}/{prefix}"
+    folder = folder_of(tmp_path, "images", range(3))
+    data = {"img_dir": folder, "img_size": [32]}
+    precompute(far(data))
+    aside = tmp_path / "aside"
+    folder.rename(aside)
+    folder_of(tmp_path, "images", range(2))
+    precompute(far(data), sync=True, yes=True)
+    for name in ("2.png", "2.txt"):
+        shutil.copy(aside / name, folder)
+    folder_of(tmp_path, "images", range(3, 4))
+    meanwhile(lambda: prune(url, everything=True))
+    with pytest.raises(QwenLoraError, match="1 samples of this dataset were pruned"):
+        precompute(far(data))
+    assert precompute(far(data)).samples == 4
+    check_whole(url, {f"{number}.png" for number in range(4)}, history=False)
+
+
+# ---- faults on the way ---------------------------------------------------------------------------
+
+
+def random_fault(rng: random.Random) -> Fault:
+    kind = rng.choices(
+        ["reset", "lost", "status", "cut", "flip", "refused"], [18, 18, 24, 20, 4, 1]
+    )[0]
+    status = {"status": rng.choice([429, 500, 502, 503, 504]), "refused": 403}.get(kind)
+    return Fault("status", status) if status else Fault(kind, rng.randrange(1 << 30))
+
+
+def run_under_faults(s3: S3Server, settings: Settings, rng: random.Random) -> bool:
+    """False when it ended with an error, which has to be one line without a secret."""
+    rate = rng.choice([0.1, 0.3, 0.5])
+    s3.faults += [random_fault(rng) if rng.random() < rate else None for _ in range(120)]
+    try:
+        assert precompute(settings).exit_code == 0
+        return True
+    except QwenLoraError as error:
+        said = str(error)
+        assert said and "\n" not in said and SECRET not in said and "AKIA" not in said
+        return False
+    finally:
+        s3.faults.clear()
+
+
+def run_fault_sequences(
+    s3: S3Server,
+    prefix: str,
+    far: Callable[..., Settings],
+    make_settings: Callable[..., Settings],
+    published: Published,
+    tmp_path: Path,
+    seeds: range,
+) -> int:
+    """Each a first run and one with more images, repeated until they come through; returns how
+    often there was an error."""
+    errors = 0
+    small = {"img_dir": folder_of(tmp_path, "small", range(4)), "img_size": [32]}
+    large = {"img_dir": folder_of(tmp_path, "large", range(7)), "img_size": [32]}
+    wanted = []
+    for data in (small, large):
+        precompute(make_settings(data, shard_max_samples=2))
+        wanted.append(published(tmp_path / "shards"))
+    for seed in seeds:
+        rng = random.Random(f"faults {seed}")
+        for key in s3.keys(prefix):
+            s3.delete(key)
+        for data, files in zip((small, large), wanted, strict=True):
+            while not run_under_faults(s3, far(data, shard_max_samples=2), rng):
+                errors += 1
+                left = s3.objects(prefix)
+                assert left.pop("manifest.json", None) in (
+                    None,
+                    *(each["manifest.json"] for each in wanted),
+                ), seed
+                assert left.items() <= files.items(), seed
+            assert s3.objects(prefix) == files, seed
+    return errors
+
+
+def test_faults_on_the_way(
+    s3: S3Server, prefix, far, make_settings, published: Published, tmp_path, fault_seed: int
+) -> None:
+    seeds = range(fault_seed, fault_seed + 2)
+    run_fault_sequences(s3, prefix, far, make_settings, published, tmp_path, seeds)
+
+
+@pytest.mark.slow
+def test_many_faults_on_the_way(
+    s3: S3Server, prefix, far, make_settings, published: Published, tmp_path, fault_seed: int
+) -> None:
+    seeds = range(fault_seed, fault_seed + 60)
+    errors = run_fault_sequences(s3, prefix, far, make_settings, published, tmp_path, seeds)
+    print(f"120 runs under random faults, {errors} errors, and every set the same to the byte")
+    assert errors > 10
