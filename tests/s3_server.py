@@ -34,7 +34,9 @@ class Fault:
     reset   dropped before it reaches the store        lost    done, but the answer is dropped
     status  answered with `number` (503: SlowDown)     cut     the body ends after `number` bytes
     stall   no answer for `seconds`                    flip    one bit of the body is another
-    call    `act` is called first, then it is answered rightly
+    call    it is answered rightly
+
+    If there is an `act`, it is called first.
     """
 
     kind: str
@@ -152,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.owner.next_fault(f"{self.command} {self.path}") or Fault("none")
+        if fault.act is not None:
+            fault.act()
         if fault.kind == "reset":
             return self._drop()
         if fault.kind == "status":
@@ -159,8 +163,6 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.kind == "stall":
             threading.Event().wait(fault.seconds)
             return self._drop()
-        if fault.act is not None:
-            fault.act()
         connection = http.client.HTTPConnection(self.owner.moto_host, self.owner.moto_port)
         try:
             connection.request(self.command, self.path, body, dict(self.headers.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,6 +113,12 @@ def precompute_set(folder: Path, one_thread: bool = True) -> None:
     from precompute_job import precompute_set as job
 
     job(folder, one_thread)
+
+
+def precompute_remote(folder: Path, **arguments: Any) -> None:
+    from precompute_job import precompute_remote as job
+
+    job(folder, **arguments)
 
 
 def warm_up_precompute() -> None:
