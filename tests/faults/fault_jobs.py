@@ -126,3 +126,16 @@ def warm_up_precompute() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
             precompute_set(Path(folder) / "set")
+
+
+def train_run(folder: Path, **arguments: Any) -> int:
+    from tests.resume.train_job import train_run as job
+
+    return job(folder, **arguments)
+
+
+def warm_up_train() -> None:
+    """As `warm_up`, for `qwen-lora train`."""
+    from tests.resume.train_job import warm_up as job
+
+    job()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,12 +65,20 @@ def random_set(
     rgb: RgbMap | None = None,
     prompts: Sequence[PreviewPrompt] = (),
     texts: Sequence[str] | None = ("picture {}", "number {}"),
+    posterior: Literal["mode", "mean_std"] = "mode",
+    groups: Sequence[str] = ("",),
+    first: int = 0,
 ) -> Path:
-    """The first `count` of an endless row of samples: sizes alternate, one or two captions each.
-    texts: what the captions say, None for a set without captions and names."""
-    fingerprint = Fingerprint("qwen-image", vae={"name": vae}, text={"limit": 1024})
+    """`count` of an endless row of samples: sizes alternate, one or two captions each.
+    texts: what the captions say, None for a set without captions and names. groups: taken in turn.
+    """
+    vae_facts = {"name": vae} | ({} if posterior == "mode" else {"posterior": posterior})
+    fingerprint = Fingerprint("qwen-image", vae=vae_facts, text={"limit": 1024})
     samples = sorted(
-        (_sample(number, fingerprint, texts) for number in range(count)),
+        (
+            _sample(number, fingerprint, texts, posterior, groups[number % len(groups)])
+            for number in range(first, first + count)
+        ),
         key=lambda s: s.sample_id,
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +98,7 @@ def random_set(
         latent_channels=CHANNELS,
         latent_scale=SCALE,
         text_width=TEXT_WIDTH,
-        posterior="mode",
+        posterior=posterior,
         model={"id": "tiny", "revision": None},
         recipe={"img_size": [32]},
         shards=shards,
@@ -109,14 +118,24 @@ def random_set(
     return folder
 
 
-def _sample(number: int, fingerprint: Fingerprint, texts: Sequence[str] | None) -> EncodedSample:
+def _sample(
+    number: int,
+    fingerprint: Fingerprint,
+    texts: Sequence[str] | None,
+    posterior: str,
+    group: str,
+) -> EncodedSample:
     generator = torch.Generator().manual_seed(number)
     height, width = SIZES[number % len(SIZES)]
     bucket = (height * SCALE, width * SCALE)
     source = hashlib.sha256(str(number).encode()).hexdigest()
     named = [text.format(number) for text in texts or ("picture {}", "number {}")]
     captions = named[: 1 + number % 2]
-    tensors = {"latents": torch.randn(CHANNELS, height, width, generator=generator).half()}
+    latents = torch.randn(CHANNELS, height, width, generator=generator).half()
+    if posterior == "mode":
+        tensors = {"latents": latents}
+    else:
+        tensors = {"posterior_mean": latents, "posterior_std": latents.abs() / 4}
     tokens = [2 + (number + index) % 4 for index in range(len(captions))]
     for index, count in enumerate(tokens):
         embeds = torch.randn(count, TEXT_WIDTH, generator=generator).bfloat16()
@@ -134,6 +153,6 @@ def _sample(number: int, fingerprint: Fingerprint, texts: Sequence[str] | None) 
         flipped=False,
         bucket=bucket,
         truncated_tokens=[0] * len(captions),
-        group="",
+        group=group,
     )
     return EncodedSample(sample_id(latent, text_ids), latent, text_ids, tokens, meta, tensors)

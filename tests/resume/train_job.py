@@ -1,0 +1,112 @@
+"""The whole command `qwen-lora train`, as a job of the fork server.
+
+One child is one rank; with several, rank 0 forks the others. Settings come as a file of JSON, which
+is YAML. A child that has stopped itself at a step, or is killed, leaves what a real one would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qwen_lora.cli import main
+from qwen_lora.train.data import BatchLoader
+from qwen_lora.train.step import Stepper
+
+
+def train_run(
+    folder: Path,
+    settings: dict[str, Any],
+    stop: dict[str, Any] | None = None,
+    threads: int = 2,
+    world: int = 1,
+) -> int:
+    """Start or continue the run in `folder`; the command's exit code.
+
+    stop: at the step number `step` (from 0) rank 0 gets the signal `signum`, before the step or
+    `after` its update, which for kill -9 is before its checkpoint. threads: of the loader.
+    """
+    kwdefaults = BatchLoader.__init__.__kwdefaults__
+    assert kwdefaults is not None and "threads" in kwdefaults
+    kwdefaults["threads"] = threads
+    others = _fork_others(world) if world > 1 else []
+    if stop is not None and os.environ.get("RANK", "0") == "0":
+        _stop_at(**stop)
+    file = folder.with_name(f"{folder.name}-{os.environ.get('RANK', '0')}.yaml")
+    file.write_text(json.dumps({**settings, "output_dir": str(folder)}))
+    folder.with_name(f"{folder.name}.started").touch()
+    code = run_command(["train", "--config", str(file)])
+    if os.environ.get("RANK", "0") != "0":
+        os._exit(code)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in others]
+    assert all(end == code for end in ends), (code, ends)
+    return code
+
+
+def run_command(words: list[str]) -> int:
+    """The exit code; Ctrl-C before the command is ready for it ends a process with 130."""
+    sys.argv = ["qwen-lora", *words]
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code or 0)
+
+
+def _stop_at(step: int, signum: int, after: bool = False) -> None:
+    plain = Stepper.run
+
+    def run(self: Stepper, number: int, *arguments: Any) -> Any:
+        if number == step and not after:
+            os.kill(os.getpid(), signum)
+        result = plain(self, number, *arguments)
+        if number == step and after:
+            os.kill(os.getpid(), signum)
+        return result
+
+    Stepper.run = run  # type: ignore[method-assign, assignment]
+
+
+def _fork_others(world: int) -> list[int]:
+    """The other ranks, and this one's place among them. In each the call returns once."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the warm-up was one rank
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    pids = []
+    for rank in range(1, world):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            return []
+        pids.append(pid)
+    return pids
+
+
+def warm_up() -> None:
+    """One short run with everything that a run may import."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        settings = json.loads(os.environ["RESUME_SETTINGS"])
+        code = train_run(Path(folder) / "run", {**settings, "max_train_steps": 1})
+    assert code == 0
