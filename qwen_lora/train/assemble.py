@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qwen_lora.config.schema import Settings
-from qwen_lora.errors import InputError
+from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
@@ -24,7 +24,12 @@ from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
 from qwen_lora.train.lr_schedule import make_lr_scheduler
 from qwen_lora.train.optimizer import make_optimizer
-from qwen_lora.train.optimizer_state import check_round_trip, pack_optimizer, unpack_optimizer
+from qwen_lora.train.optimizer_state import (
+    check_round_trip,
+    check_state_fits,
+    pack_optimizer,
+    unpack_optimizer,
+)
 from qwen_lora.train.plan import BatchRule, PlanTable, plan_id
 from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
@@ -143,14 +148,19 @@ def run_facts(
         generations=sources.generations,
         fingerprints=sources.fingerprints,
         base_model=ranks.on_main(lambda: base_fingerprint(model, cache)),
+        scheduler=_content(model, "scheduler") if settings.timestep_shift == "model" else None,
     )
 
 
 def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
     """Names the transformer by content: config keys that are not about files, and weight hashes."""
-    config = {k: v for k, v in model.config("transformer").items() if not k.startswith("_")}
     weights = weight_hashes(model.component("transformer"), cache_file)
-    return hash_json([config, sorted(weights.values())])
+    return hash_json([_content(model, "transformer"), sorted(weights.values())])
+
+
+def _content(model: ModelFolder, component: str) -> dict[str, Any]:
+    """A component's config without what is about files and versions."""
+    return {k: v for k, v in model.config(component).items() if not k.startswith("_")}
 
 
 def build_trainable(
@@ -169,7 +179,7 @@ def build_trainable(
     dtype = compute_dtype(transformer)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     if resumed:
-        unpack_optimizer(optimizer, parameters, resumed.optimizer, resumed.optimizer_tensors)
+        _restore_optimizer(optimizer, parameters, resumed, settings)
         scheduler.load_state_dict(unpack(resumed.scheduler, {}))
         scaler.load_state_dict(unpack(resumed.scaler, {}))
     losses = SampleLosses(transformer, model.family, settings.loss_weighting)
@@ -184,6 +194,22 @@ def build_trainable(
         settings,
     )
     return Trainable(transformer, spec, parameters, losses, stepper, dtype)
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[tuple[str, torch.nn.Parameter]],
+    resumed: Checkpoint,
+    settings: Settings,
+) -> None:
+    saved, tensors = resumed.optimizer, resumed.optimizer_tensors
+    try:
+        check_state_fits(lambda named: make_optimizer(named, settings), parameters, saved, tensors)
+        unpack_optimizer(optimizer, parameters, saved, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise QwenLoraError(
+            f"the checkpoint's optimizer state cannot be loaded: {type(error).__name__} {error}"
+        ) from error
 
 
 def _check_optimizer(settings: Settings, device: torch.device) -> None:

@@ -48,6 +48,7 @@ class RunFacts:
     generations: tuple[str, ...]  # manifest file name of each shard set, in the order of `shards`
     fingerprints: tuple[str, ...]  # fingerprint hash of each shard set
     base_model: str  # hash over the transformer's config and weight files
+    scheduler: dict[str, Any] | None = None  # its config, where timestep_shift: model follows it
 
 
 @dataclass(frozen=True)

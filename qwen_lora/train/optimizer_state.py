@@ -53,6 +53,72 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def check_state_fits(
+    make: Callable[[NamedParameters], torch.optim.Optimizer],
+    parameters: NamedParameters,
+    packed: Any,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Compare saved state with what `make`'s optimizer keeps of such parameters after a step: fused
+    and 8-bit kernels trust its shapes, and would read and write beyond smaller tensors.
+
+    Raises QwenLoraError when a tensor is missing or of another shape or dtype, or when a group has
+    another flag.
+    """
+    shapes = {parameter.shape: parameter.device for _, parameter in parameters}
+    expected: dict[tuple[torch.Size, str], set[tuple[torch.Size, torch.dtype]]] = {}
+    for fill in (torch.ones, torch.zeros):  # Prodigy keeps a zero start as one number
+        fresh, groups = _fresh_state(make, shapes, fill)
+        for place, tensor in fresh.items():
+            expected.setdefault(place, set()).add(_kind(tensor))
+    for name, parameter in parameters if packed["state"] else ():
+        for (shape, key), kinds in expected.items():
+            saved = tensors.get(f"{name}/{key}")
+            if shape != parameter.shape or (saved is not None and _kind(saved) in kinds):
+                continue
+            found = "missing" if saved is None else f"{list(saved.shape)} {saved.dtype}"
+            raise QwenLoraError(
+                f"the checkpoint's optimizer state does not fit this run: {name}/{key} is {found}"
+            )
+    for group, own in zip(packed["groups"], groups, strict=True):
+        for key, value in own.items():
+            if _is_flag(value) and group.get(key) != value:
+                raise QwenLoraError(
+                    f"the checkpoint's optimizer state has {key} {group.get(key)!r}, this run's "
+                    f"optimizer {value!r}"
+                )
+
+
+def _fresh_state(
+    make: Callable[[NamedParameters], torch.optim.Optimizer],
+    shapes: Mapping[torch.Size, torch.device],
+    fill: Callable[[torch.Size], torch.Tensor],
+) -> tuple[dict[tuple[torch.Size, str], torch.Tensor], Any]:
+    """After a step, the state's tensors by shape of the parameter and key, and the groups."""
+    names = {str(number): shape for number, shape in enumerate(shapes)}
+    probes = [
+        (name, torch.nn.Parameter(fill(shape).to(shapes[shape]))) for name, shape in names.items()
+    ]
+    for _, probe in probes:
+        probe.grad = torch.ones_like(probe)
+    optimizer = make(probes)
+    optimizer.step()
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack_optimizer(optimizer, probes, tensors)
+    split = ((name.partition("/"), tensor) for name, tensor in tensors.items())
+    state = {(names[name], key): tensor for (name, _, key), tensor in split if name in names}
+    return state, packed["groups"]
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _is_flag(value: Any) -> bool:
+    """Not so learning rates and counters, which change from step to step."""
+    return value is None or isinstance(value, bool | str)
+
+
 def check_round_trip(
     make: Callable[[NamedParameters], torch.optim.Optimizer], device: torch.device
 ) -> None:

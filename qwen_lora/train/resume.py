@@ -78,11 +78,7 @@ def check_resume(
     run: Path, old: RunFacts, new: RunFacts, settings: Settings, done_steps: int
 ) -> None:
     """Raises InputError naming every difference that would change the result."""
-    problems = [
-        f"{name} was {old.settings[name]!r}, now {value!r}"
-        for name, value in new.settings.items()
-        if name not in _OWN_RULE and name in old.settings and old.settings[name] != value
-    ]
+    problems = _setting_problems(old, new)
     problems += _weight_problem(old, new)
     problems += _length_problem(old, new, settings, done_steps)
     for name, what in (
@@ -93,15 +89,42 @@ def check_resume(
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
             problems.append(f"{what} was {_short(before)}, now {_short(now)}")
+    problems += _scheduler_problems(old, new)
     if not problems and old.plan_id != new.plan_id:  # otherwise it only follows from the others
-        problems.append(
-            f"the shards hold other samples than {', '.join(old.generations)} of the first start"
-        )
+        held = "the shards hold other samples"
+        if settings.shuffle == "block":
+            held += ", or the same ones in other shards (shuffle: block follows them),"
+        problems.append(f"{held} than {', '.join(old.generations)} of the first start")
     if problems:
         raise InputError(
             f"cannot continue {run}: " + "; ".join(problems) + ". Put the old values back, "
             "choose another --output, or start over with --restart"
         )
+
+
+def _setting_problems(old: RunFacts, new: RunFacts) -> list[str]:
+    """A setting that an older version did not have had its default there; one that only a newer
+    version has cannot be kept."""
+    defaults = result_settings(Settings())
+    problems = []
+    for name, now in new.settings.items():
+        before = old.settings.get(name, defaults[name])
+        if name not in _OWN_RULE and before != now:
+            problems.append(f"{name} was {before!r}, now {now!r}")
+    for name in sorted(old.settings.keys() - new.settings.keys()):
+        problems.append(f"{name} was {old.settings[name]!r}, which this version does not know")
+    return problems
+
+
+def _scheduler_problems(old: RunFacts, new: RunFacts) -> list[str]:
+    if old.scheduler is None or new.scheduler is None:  # other settings, which are named already
+        return []
+    return [
+        f"the scheduler's {key} (timestep_shift: model) was {old.scheduler.get(key)!r}, now "
+        f"{new.scheduler.get(key)!r}"
+        for key in sorted(old.scheduler.keys() | new.scheduler.keys())
+        if old.scheduler.get(key) != new.scheduler.get(key)
+    ]
 
 
 def _weight_problem(old: RunFacts, new: RunFacts) -> list[str]:

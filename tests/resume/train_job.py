@@ -13,9 +13,11 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from qwen_lora.cli import main
+from qwen_lora.shards.remote import retries
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.step import Stepper
 
@@ -31,10 +33,13 @@ def train_run(
 
     stop: at the step number `step` (from 0) rank 0 gets the signal `signum`, before the step or
     `after` its update, which for kill -9 is before its checkpoint. threads: of the loader.
+
+    A store that fails is asked again at once, so that tests need not wait.
     """
     kwdefaults = BatchLoader.__init__.__kwdefaults__
     assert kwdefaults is not None and "threads" in kwdefaults
     kwdefaults["threads"] = threads
+    retries.random = SimpleNamespace(uniform=lambda *_: 0.0)  # type: ignore[attr-defined]
     others = _fork_others(world) if world > 1 else []
     if stop is not None and os.environ.get("RANK", "0") == "0":
         _stop_at(**stop)
