@@ -133,8 +133,8 @@ def test_resuming_with_any_number_of_ranks_at_ten_places(
 
 # ---- real ranks ------------------------------------------------------------------------------
 
+MICRO_BATCHES = 8  # of a step
 TRAINED = {
-    "gradient_accumulation_steps": 8,
     "train_batch_size": 1,
     "learning_rate": 1e-4,
     "lora_dropout": 0.1,
@@ -153,9 +153,12 @@ def change_ranks(
     """Train with each of `worlds` in turn, stopped by SIGTERM after about `each` steps; the largest
     relative difference of a step's loss from an unbroken run of one rank."""
     steps = each * len(worlds)
-    changes = {**TRAINED, "max_train_steps": steps}
+    trained = {**TRAINED, "max_train_steps": steps}
     if not (place / "unbroken").exists():
-        runs.run(place / "unbroken", changes)
+        alone = {**trained, "gradient_accumulation_steps": MICRO_BATCHES}
+        runs.run(place / "unbroken", alone)
+    # What the first start fixes stays: later ones accumulate as many as their ranks leave.
+    changes = {**trained, "gradient_accumulation_steps": MICRO_BATCHES // worlds[0]}
     folder = place / "ranks"
     for number, world in enumerate(worlds[:-1], 1):
         stop = {"step": number * each - rng.randint(1, each), "signum": int(signal.SIGTERM)}
