@@ -5,7 +5,8 @@
     ├── ShardError         1  a shard set is damaged or incomplete
     └── Stopped      130/143  a signal ended the run after its state was saved
 
-The command line prints `error: <message>` in one line and exits; anything else keeps its traceback.
+The command line prints `error: <message>` in one line and exits. So it does for an OSError: the
+file's name and the system's reason, exit code 1. Anything else keeps its traceback.
 """
 
 from __future__ import annotations

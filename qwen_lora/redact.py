@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, urlsplit, urlunsplit
 
@@ -131,14 +132,20 @@ def redact_stderr() -> None:
 
 
 class _RedactedStream:
-    """A text stream whose every write passes through `redact`."""
+    """A text stream whose every write passes through `redact`. A terminal that is gone or a full
+    disk under a log is no reason to stop: what cannot be said is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        with suppress(OSError):
+            self._stream.write(redact(text))
         return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

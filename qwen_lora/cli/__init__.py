@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from qwen_lora import __version__
 from qwen_lora.cli import more, shards, stages
+from qwen_lora.cli.streams import ReaderLeft, steady_streams
 from qwen_lora.errors import QwenLoraError, Stopped
 from qwen_lora.redact import redact, redact_stderr
 
@@ -21,18 +22,26 @@ class ExitCodes(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # a full disk is told here, not when Python ends
         except QwenLoraError as error:
-            if not _said_by_another(error):
+            if not isinstance(error, ReaderLeft) and not _said_by_another(error):
                 said = str(error) if isinstance(error, Stopped) else f"error: {error}"
                 print(redact(said), file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             print("error: interrupted", file=sys.stderr)
             raise typer.Exit(130) from error
-        except BrokenPipeError as error:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from error
+        except OSError as error:
+            print(redact(f"error: {_what_failed(error)}"), file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+def _what_failed(error: OSError) -> str:
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 def _said_by_another(error: QwenLoraError) -> bool:
@@ -94,5 +103,12 @@ app.command()(more.demo)
 
 def main() -> None:
     """The entry point `qwen-lora`."""
-    redact_stderr()
-    app(prog_name="qwen-lora")
+    try:
+        steady_streams()
+        redact_stderr()
+        app(prog_name="qwen-lora")
+    except KeyboardInterrupt:  # before a command has begun
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ReaderLeft:  # of --help
+        sys.exit(0)

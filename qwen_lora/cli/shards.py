@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from qwen_lora.cli.streams import print_json, reader_may_leave
 
 app = typer.Typer(
     help="Look at shard sets, join them, tidy them.", no_args_is_help=True, rich_markup_mode=None
@@ -27,7 +28,11 @@ def info(path: Place = "shards", as_json: AsJson = False) -> None:
     from qwen_lora.shards import tools
 
     facts = tools.info(path)
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else tools.format_info(facts))
+    with reader_may_leave():
+        if as_json:
+            print_json(facts, indent=2)
+        else:
+            print(tools.format_info(facts))
 
 
 @app.command()
@@ -47,7 +52,7 @@ def verify(
 
     report = run(path, deep=deep)
     if as_json:
-        print(json.dumps({**asdict(report), "ok": report.ok}, indent=2, ensure_ascii=False))
+        print_json({**asdict(report), "ok": report.ok}, indent=2)
     else:
         for problem in report.problems:
             print(f"problem: {problem}")
@@ -78,12 +83,12 @@ def list_samples(
     """
     from qwen_lora.shards import tools
 
-    if urls:
-        for url in tools.shard_urls(path):
-            print(json.dumps(url) if as_json else url)
-        return
-    for sample in tools.list_samples(path):
-        print(json.dumps(sample, ensure_ascii=False) if as_json else _line(sample))
+    with reader_may_leave():
+        for each in tools.shard_urls(path) if urls else tools.list_samples(path):
+            if as_json:
+                print_json(each)
+            else:
+                print(each if isinstance(each, str) else _line(each))
 
 
 def _line(sample: dict[str, Any]) -> str:
@@ -126,7 +131,7 @@ def merge(
 
     report = run(sets, output, [each.strip() for each in strip.split(",") if each.strip()])
     if as_json:
-        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        print_json(asdict(report), indent=2)
         return
     for note in report.notes:
         print(f"note: {note}")
@@ -157,7 +162,7 @@ def prune(
 
     report = run(path, everything=everything, unlisted=unlisted, dry_run=dry_run)
     if as_json:
-        print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        print_json(asdict(report), indent=2)
     else:
         print("\n".join(report.lines()))
 
