@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_lora.errors import InputError
 from qwen_lora.hashing import canonical_json, sha256_file
-from qwen_lora.posix import write_atomic
+from qwen_lora.posix import read_own, write_atomic
 from qwen_lora.progress import Progress
 
 if TYPE_CHECKING:
@@ -204,7 +204,6 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
     """
     remembered = _load_cache(cache_file)
     hashes: dict[str, str] = {}
-    changed = False
     for path in weight_files(folder):
         named = hub_sha256(path)
         if named is not None:
@@ -217,13 +216,12 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
             entry = remembered.get(str(target))
             if entry is None or entry[:3] != stamp:
                 entry = remembered[str(target)] = [*stamp, _hash_weights(target)]
-                changed = True
+                if cache_file is not None:  # at once: the next one may take minutes
+                    cache_file.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomic(cache_file, canonical_json(remembered))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         hashes[path.name] = str(entry[3])
-    if cache_file is not None and changed:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cache_file, canonical_json(remembered))
     return hashes
 
 
@@ -258,8 +256,8 @@ def _load_cache(cache_file: Path | None) -> dict[str, list[Any]]:
     """path -> [size, mtime_ns, inode, sha256]. A cache that cannot be read counts as empty: the
     files are then hashed again."""
     try:
-        value = json.loads(cache_file.read_bytes()) if cache_file is not None else {}
-    except (OSError, ValueError):
+        value = json.loads(read_own(cache_file)) if cache_file is not None else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(value, dict):
         return {}

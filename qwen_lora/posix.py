@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+OWN_FILE_MAX_BYTES = 4 << 30  # what is remembered of some ten million images
 _UMASK = os.umask(0)  # it can only be read by setting it: once, before there are threads
 os.umask(_UMASK)
 
@@ -124,6 +126,24 @@ def try_lock(file: IO[bytes], *, shared: bool) -> bool:
     return True
 
 
+def open_own(path: Path, flags: int, most_bytes: int = OWN_FILE_MAX_BYTES) -> int:
+    """A descriptor of a regular file that is this program's own. Raises OSError for a link, a pipe,
+    and whatever else a stranger's folder may hold in its place."""
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | careful | getattr(os, "O_BINARY", 0), 0o666)
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > most_bytes:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file of this program", str(path))
+    return descriptor
+
+
+def read_own(path: Path) -> bytes:
+    """A whole file of this program's own, as `open_own`."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
 @contextmanager
 def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """Hold `path` as a lock while the block runs.
@@ -131,7 +151,13 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     Raises InputError naming the holder's process id when another process has it.
     """
     make_folder(path.parent)
-    file = open(path, "a+", encoding="ascii")
+    try:
+        descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EINVAL):
+            raise
+        raise InputError(f"{path} is a link or no file: remove it") from None
+    file = os.fdopen(descriptor, "r+", encoding="ascii")
     try:
         if fcntl is not None:
             try:
@@ -139,13 +165,11 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
-                file.seek(0)
                 holder = file.read(32).strip() or "unknown"
                 raise InputError(
                     f"{what} is in use by process {holder}; wait for it to end or stop it"
                 ) from None
-        file.seek(0)
-        file.truncate()
+        file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield

@@ -98,7 +98,7 @@ class ExistingSet:
         it has; images that the scan did not see stay as they are.
         """
         seen = {sample.inspection.source_sha256 for sample in wanted.samples.values()}
-        kept = {
+        seen -= {
             sample.inspection.source_sha256
             for sample_id, sample in wanted.samples.items()
             if sample_id in failed
@@ -106,7 +106,7 @@ class ExistingSet:
         superseded = {
             sample_id
             for sample_id, source in self.sources.items()
-            if source in seen - kept and sample_id not in wanted.samples
+            if source in seen and sample_id not in wanted.samples
         }
         return frozenset((self.retired - wanted.samples.keys()) | superseded)
 

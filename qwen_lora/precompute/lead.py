@@ -98,8 +98,10 @@ class Lead:
             self.local / "sources.json", planning.remembered_rules(self.settings)
         )
         multiple = self.model.family.image_multiple
-        self.images = planning.accept_images(found, self.settings, multiple, self.sources)
-        self.sources.save()
+        try:
+            self.images = planning.accept_images(found, self.settings, multiple, self.sources)
+        finally:
+            self.sources.save()  # a run that is stopped here need not hash them all again
         self.wanted = planning.name_samples(self.images, self.fingerprint)
         planning.tell_moved(self.existing.moved(self.wanted))
         self._find_removed(()).check(self.sync, planning.dataset_folder(self.settings))

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen_lora.hashing import canonical_json
-from qwen_lora.posix import write_atomic
+from qwen_lora.posix import read_own, write_atomic
 from qwen_lora.precompute.types import Candidate, ImageSource, Inspection, Skip
 
 SETTLED_NS = 2_000_000_000  # a file younger than this may still change within one clock tick
 DECODERS = ("pillow", "opencv-python-headless", "opencv-python", "pillow-heif")
+_SOURCE = (int, int, int, str, int, int)  # bytes, mtime_ns, inode, sha256, height, width
+_FAILURE = (str, str)  # reason, detail
 PASSING = ("unreadable", "source_changed")  # reasons that say nothing about the image
 
 
@@ -42,7 +44,7 @@ class RememberedSources:
     def __init__(self, file: Path, rules: Mapping[str, Any]) -> None:
         self._file = file
         self._rules = {**rules, "decoders": decoder_versions()}
-        self._known: dict[str, list[Any]] = _load(file, self._rules)
+        self._known: dict[str, list[Any]] = _load(file, self._rules, _SOURCE)
         self._used: dict[str, list[Any]] = {}
 
     def find(self, candidate: Candidate) -> Inspection | None:
@@ -82,7 +84,7 @@ class RememberedFailures:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._rules = {"decoders": decoder_versions(), "torch": version("torch")}
-        self._known: dict[str, list[str]] = _load(file, self._rules)
+        self._known: dict[str, list[str]] = _load(file, self._rules, _FAILURE)
 
     def find(self, sample_id: str, name: str) -> Skip | None:
         entry = self._known.get(sample_id)
@@ -103,15 +105,22 @@ class RememberedFailures:
         write_atomic(self._file, canonical_json({"rules": self._rules, "known": self._known}))
 
 
-def _load(file: Path, rules: dict[str, Any]) -> dict[str, Any]:
+def _load(file: Path, rules: dict[str, Any], types: tuple[type, ...]) -> dict[str, Any]:
+    """name -> a list of values of these types; what is anything else was never remembered."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(read_own(file))
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict) or content.get("rules") != rules:
         return {}
     known = content.get("known")
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {
+        name: entry
+        for name, entry in known.items()
+        if isinstance(entry, list) and tuple(map(type, entry)) == types
+    }
 
 
 def _key(image: ImageSource) -> str:

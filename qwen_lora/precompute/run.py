@@ -34,7 +34,7 @@ from qwen_lora.precompute.world import World
 from qwen_lora.precompute.write import output_errors
 from qwen_lora.progress import Progress
 from qwen_lora.redact import redact_values
-from qwen_lora.shards.store import Store
+from qwen_lora.shards.store import Store, own_folder
 from qwen_lora.shards.writer import sweep_temporaries
 
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ def _locked(store: Store, settings: Settings, world: World) -> Iterator[Path]:
         return
     with ExitStack() as held:
         with _folder_errors(settings):
-            make_folder(local)
+            if store.is_remote:
+                make_folder(local)  # the user's own choice, a link too
+            else:
+                own_folder(local)
             held.enter_context(exclusive_lock(local / "lock", f"the shard set {store.label}"))
             sweep_temporaries(store)
             values = redact_values(settings.model_dump(mode="json"))

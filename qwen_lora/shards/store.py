@@ -177,9 +177,7 @@ class FolderStore(Store):
 
     @property
     def scratch(self) -> Path:
-        local = self.folder / LOCAL
-        make_folder(local)
-        return local
+        return own_folder(self.folder / LOCAL)
 
     def publish(self, temporary: Path, file: FileEntry) -> None:
         publish_file(temporary, self.folder / file.name)
@@ -192,6 +190,15 @@ class FolderStore(Store):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def own_folder(path: Path) -> Path:
+    """A set's `.local`, made if need be. Raises InputError for a link: whoever made the set would
+    choose where this machine writes and sweeps."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a link: remove it, a folder is made in its place")
+    make_folder(path)
+    return path
 
 
 def open_store(place: Place, cache: ShardCache | None = None) -> Store:

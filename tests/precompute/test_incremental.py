@@ -1,6 +1,7 @@
 """A rerun encodes what changed and nothing else."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from changing_sets import add_image, opened_files, watch_encoders
 
 from qwen_lora.config.schema import Settings
+from qwen_lora.errors import Stopped
 from qwen_lora.precompute.run import precompute
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.verify import verify
@@ -195,3 +197,28 @@ def test_neither_names_nor_places_matter(settings, make_settings, folder, publis
     shutil.rmtree(place / ".local")  # a set that was downloaded has none
     assert precompute(again).unchanged == 6
     assert published(place) == before
+
+
+def test_hashes_of_a_run_that_was_stopped_are_kept(settings, folder, monkeypatch):
+    """Hashing a large dataset takes long; a stop in the middle must not begin it anew."""
+    from qwen_lora.precompute import plan
+
+    inspect_image = plan.inspect_image
+
+    def stop_at_the_last(candidate, data):
+        if candidate.image.name == "5.png":
+            raise Stopped(signal.SIGINT)
+        return inspect_image(candidate, data)
+
+    monkeypatch.setattr(plan, "inspect_image", stop_at_the_last)
+    with pytest.raises(Stopped):
+        precompute(settings)
+    looked_at = []
+
+    def look(candidate, data):
+        looked_at.append(candidate.image.name)
+        return inspect_image(candidate, data)
+
+    monkeypatch.setattr(plan, "inspect_image", look)
+    assert precompute(settings).written == 6
+    assert looked_at == ["5.png"]

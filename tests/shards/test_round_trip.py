@@ -11,6 +11,7 @@ import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import safetensors.torch
@@ -22,6 +23,7 @@ from qwen_lora.shards.manifest import load_manifest, read_sidecar
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.record import RecordShape
 from qwen_lora.shards.safe import parse_tensor_header
+from qwen_lora.shards.store import FolderStore
 from qwen_lora.shards.verify import verify
 from qwen_lora.shards.writer import (
     adoptable_shards,
@@ -154,12 +156,35 @@ def test_info_list_and_verify(shard_set: Path) -> None:
     assert report.ok and report.samples == 9 and not report.notes
 
 
+def test_a_shard_with_samples_that_nobody_wants_is_not_read(
+    shard_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an older generation needs may be many gigabytes."""
+    extra = write_one(shard_set, sorted_samples(3, first=50))
+    listed = frozenset(entry.tar.name for entry in load_manifest(shard_set)[0].shards)
+    opened: list[str] = []
+    real = FolderStore.open_unlisted
+
+    def watch(self: FolderStore, name: str, size: int) -> BinaryIO:
+        opened.append(name)
+        return real(self, name, size)
+
+    monkeypatch.setattr(FolderStore, "open_unlisted", watch)
+    ids = {sample.sample_id for sample in sorted_samples(3, first=50)}
+    assert adoptable_shards(shard_set, FINGERPRINT, listed, set(sorted(ids)[1:])) == []
+    assert opened == []
+    assert len(adoptable_shards(shard_set, FINGERPRINT, listed, ids)) == 1
+    assert opened == [extra.tar.name]
+
+
 def test_an_unlisted_shard_is_adoptable_when_it_is_whole(shard_set: Path) -> None:
     listed = frozenset(entry.tar.name for entry in load_manifest(shard_set)[0].shards)
     assert adoptable_shards(shard_set, FINGERPRINT, listed) == []
     extra = write_one(shard_set, sorted_samples(2, first=50))
     found = adoptable_shards(shard_set, FINGERPRINT, listed)
     assert [entry for entry, _ in found] == [extra]
+    ids = {sample.sample_id for sample in sorted_samples(2, first=50)}
+    assert [entry for entry, _ in adoptable_shards(shard_set, FINGERPRINT, listed, ids)] == [extra]
     other = type(FINGERPRINT)("qwen-image", vae={"weights": ["x"]}, text={})
     assert adoptable_shards(shard_set, other, listed) == []
     assert verify(shard_set).notes  # told, but no problem
