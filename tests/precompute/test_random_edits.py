@@ -106,7 +106,9 @@ class Scenery:
         path = self.folder / name
         path.write_bytes(data)
         os.utime(path, ns=(SETTLED + self.made, SETTLED + self.made))
-        if caption is not None:
+        if caption is None:  # a restored file may lie where another has a caption by now
+            path.with_suffix(".txt").unlink(missing_ok=True)
+        else:
             path.with_suffix(".txt").write_text(caption)
         self.files[name] = File(hashlib.sha256(data).hexdigest(), kind, caption)
 
