@@ -55,9 +55,12 @@ def open_output(settings: Settings) -> Iterator[Store]:
     if isinstance(place, Path):
         yield FolderStore(place)
         return
+    from qwen_lora.shards.remote import is_read_only
     from qwen_lora.shards.remote.cache import ShardCache
     from qwen_lora.shards.remote.store import open_remote_store
 
+    if is_read_only(place):
+        raise InputError(f"{place} can only be read; write to a folder or an s3:// URL")
     cache = ShardCache.default(settings.shard_cache_dir, settings.shard_cache_gib)
     store = open_remote_store(place, cache, state)
     try:
