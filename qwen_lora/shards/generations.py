@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen_lora.errors import QwenLoraError
+from qwen_lora.errors import InputError, ShardError
 from qwen_lora.shards.format import FileEntry, Manifest
 from qwen_lora.shards.manifest import load_manifest
+from qwen_lora.shards.remote.base import RemoteError
 from qwen_lora.shards.store import Store
 
 
@@ -20,7 +21,8 @@ class Generation:
 def walk_generations(store: Store) -> Iterator[Generation]:
     """The newest generation and those before it, as far as they are kept and intact.
 
-    Raises InputError or ShardError, as `load_manifest` does, when the newest cannot be read.
+    Raises InputError or ShardError, as `load_manifest` does, when the newest cannot be read, and
+    RemoteError for an older one about which a store gives no answer.
     """
     manifest, name = load_manifest(store)
     while True:
@@ -30,8 +32,12 @@ def walk_generations(store: Store) -> Iterator[Generation]:
         name = manifest.previous
         try:
             manifest = load_manifest(store, name)[0]
-        except QwenLoraError:  # pruned, or damaged: nothing older can be told from it
+        except (InputError, ShardError):  # pruned or damaged: nothing older can be told from it
             return
+        except RemoteError:
+            if store.names() is None:  # without the right to list, this is how "gone" is said
+                return
+            raise
 
 
 def listed_files(manifest: Manifest) -> dict[str, FileEntry]:
