@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -74,11 +76,30 @@ def _write_lines(
 
 
 def wrapped(text: str, font: Font, width: int, lines: int = 3) -> list[str]:
-    """At most `lines` lines that fit the width, one at least."""
-    text = " ".join(text.split())
-    characters = max(8, int(width / max(font.getlength("n"), 1.0)))
-    found = textwrap.wrap(text, characters, max_lines=lines, placeholder="...")
+    """At most `lines` lines that fit the width in pixels, one at least; a cut text ends in dots."""
+    found: list[str] = []
+    rest = " ".join(text.split())
+    while rest and len(found) < lines:
+        count = _fitting(rest, font, width)
+        if count < len(rest) and (space := rest.rfind(" ", 0, count + 1)) > 0:
+            count = space
+        found.append(rest[:count].rstrip())
+        rest = rest[count:].lstrip()
+    if rest and found:
+        last = found[-1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        found[-1] = f"{last.rstrip()}..."
     return found or [""]
+
+
+def _fitting(text: str, font: Font, width: int) -> int:
+    """How many characters from the beginning fit, at least one."""
+    most = min(len(text), max(1, width))  # a thousand characters never fit, so none are measured
+    fits = bisect_right(
+        range(1, most + 1), width, key=lambda n: math.ceil(font.getlength(text[:n]))
+    )
+    return max(1, fits)
 
 
 def load_font(size: int) -> Font:

@@ -58,7 +58,8 @@ def verify(
             print(f"problem: {problem}")
         for note in report.notes:
             print(f"note: {note}")
-        result = "intact" if report.ok else f"{len(report.problems)} problems"
+        count = len(report.problems)
+        result = "intact" if report.ok else f"{count} problem{'s' * (count > 1)}"
         print(
             f"{result}: {report.samples} samples in {report.shards} shards, "
             f"{report.bytes / (1 << 20):.1f} MiB"

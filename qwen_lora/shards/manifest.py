@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_lora.errors import InputError, ShardError
+from qwen_lora.errors import InputError, QwenLoraError, ShardError
 from qwen_lora.hashing import canonical_json, sha256_hex
 from qwen_lora.shards.format import (
     FORMAT_MAJOR,
@@ -174,13 +174,33 @@ def load_manifest(place: Place, name: str = MANIFEST) -> tuple[Manifest, str]:
         generation = content_name("manifest", sha256_hex(data), ".json")
         if name != MANIFEST and name != generation:
             raise ShardError(f"{what} is damaged: its content belongs to {generation}")
-        manifest = decode_manifest(data, what)
-        if name == MANIFEST and not _has_generation(store, generation):
-            raise ShardError(
-                f"{what} is damaged or was edited: there is no {generation}, which it is a copy "
-                "of; restore it from the newest manifest-*.json"
-            )
+        try:
+            manifest = decode_manifest(data, what)
+            if name == MANIFEST and not _has_generation(store, generation):
+                raise ShardError(
+                    f"{what} is damaged or was edited: there is no {generation}, which it is a "
+                    "copy of"
+                )
+        except ShardError as error:
+            if name != MANIFEST:
+                raise
+            raise ShardError(f"{error}; {_how_to_restore(store)}") from None
         return manifest, generation
+
+
+def _how_to_restore(store: Store) -> str:
+    """What to do about a damaged `manifest.json`: of the generations that are kept and sound, the
+    newest is the one that none of them follows."""
+    followed = {}
+    for name in filter(re.compile(_NAMES["previous"]).fullmatch, store.names() or ()):
+        try:
+            followed[name] = load_manifest(store, name)[0].previous
+        except (QwenLoraError, OSError):
+            continue
+    newest = followed.keys() - set(followed.values())
+    if len(newest) == 1:
+        return f"copy {newest.pop()} over it"
+    return "copy it again from its source"
 
 
 def _manifest_bytes(store: Store, name: str) -> bytes:
@@ -188,7 +208,8 @@ def _manifest_bytes(store: Store, name: str) -> bytes:
         raise InputError(f"{name!r} is not a generation: give the name of a manifest-*.json")
     if not store.exists():
         raise InputError(
-            f"no shard set at {store.label}: run `qwen-lora precompute` or name its folder"
+            f"no shard set at {store.label}: a set is a folder or a URL; name it, or run "
+            "`qwen-lora precompute`"
         )
     try:
         return store.read(name, MANIFEST_MAX_BYTES)
@@ -197,9 +218,14 @@ def _manifest_bytes(store: Store, name: str) -> bytes:
     if name != MANIFEST:
         raise InputError(f"{store.label} has no generation {name}: it was pruned, or the set moved")
     unfinished = any(map(re.compile(_NAMES["tar"]).fullmatch, store.names() or ()))
-    found = "an unfinished precompute" if unfinished else "no manifest"
+    if unfinished:
+        raise InputError(
+            f"{store.label} holds an unfinished precompute ({name} is missing): run `qwen-lora "
+            "precompute` to the end"
+        )
     raise InputError(
-        f"{store.label} holds {found} ({name} is missing): run `qwen-lora precompute` to the end"
+        f"{store.label} holds no manifest ({name} is missing), so it is no shard set: name the "
+        "folder that `qwen-lora precompute` wrote"
     )
 
 

@@ -40,7 +40,8 @@ grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr))}
 border-radius:6px;overflow:hidden;outline:1px solid var(--edge);outline-offset:-1px;
 margin-bottom:8px}
 .box img{max-width:100%;max-height:100%;width:100%;height:100%;object-fit:contain}
-.samples p{color:var(--ink);font-size:14px;line-height:1.4;margin:0 0 4px}
+.samples p{color:var(--ink);font-size:14px;line-height:1.4;margin:0 0 4px;max-height:15em;
+overflow:auto}
 .samples small{display:block;color:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
 code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 overflow-wrap:anywhere}

@@ -160,7 +160,10 @@ class ShardSet:
     def _member(self, row: int, member: int) -> memoryview:
         entry, table = self.tar_of(row), self.table
         offset, size = int(table.member_offsets[row, member]), int(table.member_bytes[row, member])
-        data = self._files.read(entry, offset, size)
+        try:
+            data = self._files.read(entry, offset, size)
+        except OSError as error:
+            raise ShardError(f"{self.where(row)} cannot be read: {error.strerror}") from error
         if self._intact(data, row, member):
             return data
         if self.store.repair(entry):  # the disk of a cache lost it

@@ -147,14 +147,20 @@ class FolderStore(Store):
     def exists(self) -> bool:
         return self.folder.is_dir()
 
+    def check_writable(self) -> None:
+        there = next((path for path in (self.folder, *self.folder.parents) if path.exists()), None)
+        if there is not None and not there.is_dir():
+            raise InputError(f"{self.folder} can hold no shard set: {there} is a file")
+
     def read(self, name: str, most_bytes: int) -> bytes:
         path = self.folder / name
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # a named pipe would be waited for
-            raise ShardError(f"{path} is not a regular file")
-        if facts.st_size > most_bytes:
-            raise ShardError(f"{path}: {facts.st_size} bytes are more than it can have")
-        return path.read_bytes()
+        with _readable(path):
+            facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):  # a named pipe would be waited for
+                raise ShardError(f"{path} is not a regular file")
+            if facts.st_size > most_bytes:
+                raise ShardError(f"{path}: {facts.st_size} bytes are more than it can have")
+            return path.read_bytes()
 
     def check(self, file: FileEntry) -> None:
         check_length(self.folder / file.name, file.bytes)
@@ -164,7 +170,8 @@ class FolderStore(Store):
 
     def open_unlisted(self, name: str, size: int) -> BinaryIO:
         check_length(self.folder / name, size)
-        return open(self.folder / name, "rb", buffering=0)
+        with _readable(self.folder / name):
+            return open(self.folder / name, "rb", buffering=0)
 
     def names(self) -> list[str] | None:
         return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
@@ -204,10 +211,12 @@ def own_folder(path: Path) -> Path:
 def open_store(place: Place, cache: ShardCache | None = None) -> Store:
     """The store at a folder or URL, whose files are kept in `cache`; a store is returned as it is.
 
-    Raises InputError for a URL that this installation cannot read.
+    Raises InputError for a URL that this installation cannot read, and for no place at all.
     """
     if isinstance(place, Store):
         return place
+    if not str(place):  # pathlib would take it for the folder that we are in
+        raise InputError("the name of the shard set is empty: name its folder or URL")
     url = as_url(place)
     if url is None:
         return FolderStore(Path(place))
@@ -228,18 +237,35 @@ def opened_store(place: Place) -> Iterator[Store]:
 
 
 def as_url(place: str | Path) -> str | None:
-    """The URL that `place` is, if it is one. Raises InputError for a URL given as a Path."""
+    """The URL that `place` is, if it is one. Raises InputError for a URL given as a Path, and for
+    one with a slash too few."""
     if isinstance(place, str):
-        return place if _URL.match(place) else None
+        if _URL.match(place):
+            return place
+        if _FOLDED_URL.match(place) and not Path(place).exists():
+            raise InputError(f"{place} is no folder here, and a URL has two slashes: ://")
+        return None
     if _FOLDED_URL.match(place.as_posix()):
         raise InputError(f"{place.as_posix()} looks like a URL: give it as text, not as a path")
     return None
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system says against reading a file, in one line; a missing one is the caller's."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def check_length(path: Path, expected: int) -> None:
     """Raises ShardError unless `path` is a regular file of the length that the manifest says."""
     try:
-        found = path.stat()
+        with _readable(path):
+            found = path.stat()
     except FileNotFoundError:
         raise ShardError(f"{path} is missing; copy it again from its source") from None
     if not stat.S_ISREG(found.st_mode) or found.st_size != expected:

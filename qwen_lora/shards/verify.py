@@ -8,8 +8,11 @@ from qwen_lora.errors import ShardError
 from qwen_lora.progress import Progress
 from qwen_lora.shards.check import check_record, expected_shape, scan_tar
 from qwen_lora.shards.format import NAME_HEX, Manifest, ShardEntry
+from qwen_lora.shards.generations import listed_files, walk_generations
 from qwen_lora.shards.manifest import (
+    MANIFEST,
     damaged_generations,
+    is_name_of_format,
     load_manifest,
     read_listed,
     read_retired,
@@ -66,11 +69,30 @@ def verify(path: Place, deep: bool = False) -> VerifyReport:
                     sidecars.append((entry, sidecar))
                 progress.update()
         _verify_rest(store, manifest, sidecars, report)
-        listed = {file.name for entry in manifest.shards for file in (entry.tar, entry.sidecar)}
-        for name in store.names() or ():
-            if name.startswith("shard-") and name not in listed:
-                report.notes.append(f"{name} is in no shard of this generation")
+        report.notes += _tell_others(store)
     return report
+
+
+def _tell_others(store: Store) -> list[str]:
+    """Of files named as this format's, those that the newest generation does not need."""
+    newest, *older = walk_generations(store)
+    known = {MANIFEST, newest.name, *listed_files(newest.manifest), *(each.name for each in older)}
+    held = {name for each in older for name in listed_files(each.manifest)} - known
+    there = [name for name in store.names() or () if is_name_of_format(name) and name not in known]
+    strays = [name for name in there if name not in held]
+    notes = []
+    if len(there) > len(strays):
+        notes.append(
+            f"{len(there) - len(strays)} files belong to older generations alone and were not "
+            "checked; `qwen-lora shards prune --all` removes them"
+        )
+    if strays:
+        shown = ", ".join(strays[:3]) + (", ..." if len(strays) > 3 else "")
+        notes.append(
+            f"{len(strays)} files belong to no generation ({shown}), such as finished shards of a "
+            "stopped precompute; `qwen-lora shards prune --unlisted` removes them"
+        )
+    return notes
 
 
 def _verify_shard(
@@ -96,8 +118,11 @@ def _verify_shard(
         rows = sidecar.rows if sidecar is not None else ()
         with store.open(entry.tar) as file:
             sha256, length, problems = scan_tar(file, entry.tar.name, rows, on_record)
-    except (ShardError, OSError) as error:
+    except ShardError as error:
         report.problems.append(str(error))
+        return sidecar
+    except OSError as error:  # in the middle of a read
+        report.problems.append(f"{store.where(entry.tar.name)} cannot be read: {error.strerror}")
         return sidecar
     report.shards += 1
     report.bytes += length + entry.sidecar.bytes
@@ -133,8 +158,11 @@ def _verify_rest(
     report: VerifyReport,
 ) -> None:
     for name in damaged_generations(store):
+        advice = "copy it again from its source; `qwen-lora shards prune --unlisted` removes it"
+        if name == report.generation:
+            advice = f"copy {MANIFEST} over it"
         report.problems.append(
-            f"{store.where(name)} is damaged: its content belongs to another name"
+            f"{store.where(name)} is damaged: its content belongs to another name; {advice}"
         )
     for entry, check in (
         (manifest.unconditional, _check_unconditional),
