@@ -59,6 +59,12 @@ def runs(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
     server.close()
 
 
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw no loss.png, which takes longer than their steps."""
+    monkeypatch.setattr("qwen_lora.train.plot.plot_loss", lambda *_: None)
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest, fault_seed: int) -> random.Random:
     """Random choices that `--fault-seed` replays."""
