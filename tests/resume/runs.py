@@ -105,6 +105,13 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in OF_THE_CLOCK} for row in rows]
 
 
+def last_logged(folder: Path) -> int:
+    """The last step that metrics.jsonl tells of."""
+    if not (folder / "metrics.jsonl").exists():
+        return 0
+    return max((row["step"] for row in timeless(folder)), default=0)
+
+
 def result(folder: Path) -> dict[str, Any]:
     """What two runs must agree on: the LoRA file, the last checkpoint, pictures, and metrics."""
     last = CheckpointStore(folder).path(CheckpointStore(folder).steps()[-1])

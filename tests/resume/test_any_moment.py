@@ -18,9 +18,9 @@ from tests.resume.runs import (
     assert_same_end,
     check_boundary,
     discard,
+    last_logged,
     newest_step,
     samples_of_steps,
-    timeless,
 )
 
 pytestmark = pytest.mark.multiprocess
@@ -39,13 +39,6 @@ def unbroken_run(runs: Runs, place: Path, changes: dict[str, Any]) -> float:
     started = time.monotonic()
     runs.run(place / "unbroken", changes)
     return time.monotonic() - started
-
-
-def last_logged(folder: Path) -> int:
-    """The last step that metrics.jsonl tells of."""
-    if not (folder / "metrics.jsonl").exists():
-        return 0
-    return max((row["step"] for row in timeless(folder)), default=0)
 
 
 def send_signals(runs: Runs, place: Path, count: int, rng: random.Random) -> Counter[str]:

@@ -150,8 +150,8 @@ def losses(folder: Path) -> list[float]:
 def change_ranks(
     runs: Runs, place: Path, worlds: list[int], each: int, rng: random.Random
 ) -> float:
-    """Train with each of `worlds` in turn, stopped by SIGTERM after about `each` steps; the largest
-    relative difference of a step's loss from an unbroken run of one rank."""
+    """Train with each of `worlds` in turn, stopped by SIGTERM to any one rank after about `each`
+    steps; the largest relative difference of a step's loss from an unbroken run of one rank."""
     steps = each * len(worlds)
     trained = {**TRAINED, "max_train_steps": steps}
     if not (place / "unbroken").exists():
@@ -161,9 +161,10 @@ def change_ranks(
     changes = {**trained, "gradient_accumulation_steps": MICRO_BATCHES // worlds[0]}
     folder = place / "ranks"
     for number, world in enumerate(worlds[:-1], 1):
-        stop = {"step": number * each - rng.randint(1, each), "signum": int(signal.SIGTERM)}
+        step = number * each - rng.randint(1, each)
+        stop = {"step": step, "signum": int(signal.SIGTERM), "rank": rng.randrange(world)}
         runs.run(folder, changes, 143, stop=stop, world=world)
-        assert newest_step(folder) == stop["step"] + 1
+        assert newest_step(folder) == step + 1
     runs.run(folder, changes, world=worlds[-1])
     expected, found = losses(place / "unbroken"), losses(folder)
     assert len(found) == len(expected) == steps

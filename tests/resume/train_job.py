@@ -31,7 +31,7 @@ def train_run(
 ) -> int:
     """Start or continue the run in `folder`; the command's exit code.
 
-    stop: at the step number `step` (from 0) rank 0 gets the signal `signum`, before the step or
+    stop: at the step number `step` (from 0) one `rank` gets the signal `signum`, before the step or
     `after` its update, which for kill -9 is before its checkpoint. threads: of the loader.
 
     A store that fails is asked again at once, so that tests need not wait.
@@ -41,13 +41,14 @@ def train_run(
     kwdefaults["threads"] = threads
     retries.random = SimpleNamespace(uniform=lambda *_: 0.0)  # type: ignore[attr-defined]
     others = _fork_others(world) if world > 1 else []
-    if stop is not None and os.environ.get("RANK", "0") == "0":
-        _stop_at(**stop)
-    file = folder.with_name(f"{folder.name}-{os.environ.get('RANK', '0')}.yaml")
+    rank = int(os.environ.get("RANK", "0"))
+    if stop is not None:
+        _stop_at(own_rank=rank, **stop)
+    file = folder.with_name(f"{folder.name}-{rank}.yaml")
     file.write_text(json.dumps({**settings, "output_dir": str(folder)}))
     folder.with_name(f"{folder.name}.started").touch()
     code = run_command(["train", "--config", str(file)])
-    if os.environ.get("RANK", "0") != "0":
+    if rank:
         os._exit(code)
     ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in others]
     assert all(end == code for end in ends), (code, ends)
@@ -69,7 +70,9 @@ def run_command(words: list[str]) -> int:
     return int(code or 0)
 
 
-def _stop_at(step: int, signum: int, after: bool = False) -> None:
+def _stop_at(step: int, signum: int, own_rank: int = 0, rank: int = 0, after: bool = False) -> None:
+    if own_rank != rank:
+        return
     plain = Stepper.run
 
     def run(self: Stepper, number: int, *arguments: Any) -> Any:
