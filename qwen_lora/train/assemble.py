@@ -34,6 +34,7 @@ from qwen_lora.train.plan import BatchRule, PlanTable, plan_id
 from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.resume import result_settings, share_of_step
+from qwen_lora.train.run_folder import WEIGHT_HASHES
 from qwen_lora.train.sources import Sources, model_name
 from qwen_lora.train.step import SampleLosses, Stepper, wrap_for_ranks
 from qwen_lora.train.timesteps import TimestepSampling
@@ -139,7 +140,7 @@ def run_facts(
     ranks: Ranks, settings: Settings, sources: Sources, model: ModelFolder, plan: DataPlan
 ) -> RunFacts:
     """What the result depends on; compared with the checkpoint's before a run continues."""
-    cache = settings.output_dir / ".weight-hashes.json"
+    cache = settings.output_dir / WEIGHT_HASHES
     return RunFacts(
         settings=result_settings(settings),
         compute_dtype=str(choose_dtype(settings, ranks.device)).removeprefix("torch."),

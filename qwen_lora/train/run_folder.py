@@ -42,6 +42,7 @@ LORA, PLOT, REPORT, SETTINGS, RESULT, LOCK = (
     "result.json",
     ".lock",
 )
+WEIGHT_HASHES = ".weight-hashes.json"  # remembers the base model's
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,19 @@ class RunFolder:
                 "--output to keep it, or start over with --restart"
             )
 
+    def sweep(self) -> None:
+        """Remove what interrupted writes left behind. The run's lock must be held."""
+        self.store.sweep()
+        for name in (METRICS_FILE, LORA, PLOT, REPORT, SETTINGS, RESULT, WEIGHT_HASHES):
+            for path in self.path.glob(f".{name}-*.tmp"):
+                path.unlink(missing_ok=True)
+
     def forget(self) -> None:
         """--restart: remove what an earlier run wrote here, and nothing else."""
+        self.sweep()
         for name in (METRICS_FILE, LORA, PLOT, REPORT, SETTINGS, RESULT):
             (self.path / name).unlink(missing_ok=True)
         self.previews.clear()
-        self.store.sweep()
         for step in self.store.steps():
             shutil.rmtree(self.store.path(step))
 
@@ -134,7 +142,7 @@ def open_run(ranks: Ranks, settings: Settings, restart: bool) -> Iterator[RunFol
             try:
                 make_folder(path)
                 stack.enter_context(exclusive_lock(path / LOCK, str(path)))
-                run.forget() if restart else run.store.sweep()
+                run.forget() if restart else run.sweep()
             except OSError as error:
                 raise InputError(f"output_dir {path} cannot be written: {error}") from error
 

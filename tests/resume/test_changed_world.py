@@ -23,6 +23,7 @@ from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.writer import build_manifest, publish_manifest, write_retired
 from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore
 from qwen_lora.train.run import train
+from tests.resume.runs import timeless
 from tests.train.random_sets import random_set
 
 STOP, LAST = 3, 7
@@ -112,6 +113,19 @@ def test_other_generations_of_the_same_samples_go_on_to_the_bit(
     assert trained(result.lora.parent) == expected
     gone = "which this run started with, cannot be opened" in capsys.readouterr().err
     assert gone == (change is not moved)
+
+
+def test_going_back_to_an_earlier_checkpoint_ends_with_the_same_bytes(
+    make: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Of a finished run; what came after that checkpoint is made again."""
+    run = train(make("run", logging_steps=1, validation_steps=2)).lora.parent
+    expected, rows = trained(run), timeless(run)
+    again = train(
+        make("run", resume_from_checkpoint=f"step-{STOP:08d}", logging_steps=1, validation_steps=2)
+    )
+    assert again.resumed_from == STOP
+    assert (trained(run), timeless(run)) == (expected, rows)
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
