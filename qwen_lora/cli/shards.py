@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen_lora.cli.streams import print_json, reader_may_leave
+from qwen_lora.errors import InputError
 
 app = typer.Typer(
     help="Look at shard sets, join them, tidy them.", no_args_is_help=True, rich_markup_mode=None
@@ -111,13 +112,13 @@ def merge(
         str, typer.Option("--output", metavar="SHARDS", help="A new set, or one to append to.")
     ],
     strip: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--strip",
             metavar="WHAT",
             help="Leave out of what is added: captions, source (names), or captions,source.",
         ),
-    ] = "",
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Join sets made with the same encoders; a sample that several have comes from the first.
@@ -130,7 +131,10 @@ def merge(
     """
     from qwen_lora.shards.merge import merge as run
 
-    report = run(sets, output, [each.strip() for each in strip.split(",") if each.strip()])
+    left_out = [each.strip() for each in (strip or "").split(",") if each.strip()]
+    if strip is not None and not left_out:  # an empty variable must not publish captions
+        raise InputError("--strip names nothing to leave out: captions, source, or captions,source")
+    report = run(sets, output, left_out)
     if as_json:
         print_json(asdict(report), indent=2)
         return

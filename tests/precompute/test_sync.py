@@ -203,3 +203,18 @@ def test_a_twin_keeps_the_sample(make, folder, no_encoders):
     no_encoders()
     summary = precompute(settings, sync=True)
     assert (summary.unchanged, summary.samples, summary.retired) == (12, 12, 0)
+
+
+@pytest.mark.parametrize("failure", ["gone", "no caption"])
+def test_a_twin_with_another_caption_is_a_caption_of_the_same_image(make, folder, failure):
+    shutil.copy2(folder / "3.png", folder / "twin.png")
+    (folder / "twin.txt").write_text("seen otherwise")
+    settings = make()
+    assert precompute(settings).samples == 13
+    (folder / "twin.txt").unlink()
+    if failure == "gone":
+        (folder / "twin.png").unlink()
+    summary = precompute(settings)
+    assert (summary.samples, summary.retired) == (12, 1)
+    (folder / "3.txt").write_text("seen otherwise")  # and back by the other file
+    assert precompute(settings).samples_written == 0
