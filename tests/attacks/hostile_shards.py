@@ -130,6 +130,18 @@ def _(forgery: Forgery, canary: Path) -> None:
     forgery.facts(0, change)
 
 
+@attack("captions, sources and groups that are markup and terminal escapes", text=True)
+def _(forgery: Forgery, canary: Path) -> None:
+    def change(facts: dict[str, Any]) -> None:
+        facts["captions"] = [
+            '</p></li></ul><script>fetch("//x")</script><img src=x onerror=alert(1)>\x1b]0;a\x07'
+            for _ in facts["captions"]
+        ]
+        facts["source"], facts["group"] = "<svg onload=alert(1)>", "\x1b[2J\u202e<iframe>"
+
+    forgery.facts(0, change)
+
+
 # ---- tar headers: links, devices, sparse, PAX, GNU, odd ends -------------------------------------
 
 

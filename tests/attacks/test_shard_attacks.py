@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from audit_hook import Guard, guarded
 from forged_sets import Forgery
@@ -13,12 +15,18 @@ from hostile_shards import ATTACKS, Attack
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.shards import tools
 from qwen_lora.shards.merge import merge
+from qwen_lora.shards.preview import preview
+from qwen_lora.shards.previews import RgbMap
 from qwen_lora.shards.prune import prune
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.verify import verify
 from qwen_lora.shards.writer import adoptable_shards
-from tests.shards.conftest import FINGERPRINT
+from tests.shards.conftest import CHANNELS, FINGERPRINT, SCALE
 
+PAGE_TAGS = {
+    *("!DOCTYPE", "html", "head", "meta", "title", "style", "body", "main", "h", "p", "dl", "div"),
+    *("dt", "dd", "ul", "li", "img", "small", "code"),
+}
 SECONDS, BYTES = 5.0, 256 << 20  # what one opening may take and let the process grow by
 
 Records = dict[str, tuple[bytes, bytes]]
@@ -57,6 +65,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Records:
         use(folder)
     merge([folder], folder.parent / "merged")
     prune(folder.parent / "merged")
+    with pytest.MonkeyPatch.context() as patch:
+        with_a_flat_map(patch)
+        preview(folder, folder.parent / "look")
     with guarded(folder) as guard:
         for use in USES.values():
             use(folder)
@@ -118,8 +129,13 @@ def test_there_are_as_many_attacks_as_the_documentation_says() -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
-def test_a_merge_does_not_pass_it_on(attack: Attack, sound: Records, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["records", "whole shards"])
+def test_a_merge_does_not_pass_it_on(
+    attack: Attack, way: str, sound: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`merge` refuses the set, or what it writes is sound."""
+    if way == "whole shards":  # copied as they are, however small
+        monkeypatch.setattr("qwen_lora.shards.merge.shard_samples_limit", lambda total: 1)
     folder, output, canary = tmp_path / "set", tmp_path / "output", tmp_path / "canary"
     attack.make(folder, canary)
     output.mkdir()
@@ -134,6 +150,38 @@ def test_a_merge_does_not_pass_it_on(attack: Attack, sound: Records, tmp_path: P
     if not isinstance(outcome, QwenLoraError):
         assert verify(output, deep=True).problems == []
         assert attack.text or read_all(output) == sound
+
+
+def with_a_flat_map(patch: pytest.MonkeyPatch) -> None:
+    """The forgeries that attack no map have none; then preview would end before it draws."""
+    own = ShardSet.rgb_map
+    colours = np.full(3 * SCALE**2, 0.5, np.float32)
+    flat = RgbMap(np.zeros((9 * CHANNELS, 3 * SCALE**2), np.float32), colours, SCALE, 0.0)
+    patch.setattr(ShardSet, "rgb_map", lambda shards: own(shards) or flat)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
+def test_a_preview_of_it_shows_texts_alone(
+    attack: Attack, sound: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`preview` refuses the set, or what it writes is a page without a script or an address."""
+    folder, output, canary = tmp_path / "set", tmp_path / "output", tmp_path / "canary"
+    attack.make(folder, canary)
+    output.mkdir()
+    with_a_flat_map(monkeypatch)
+    with guarded(folder, output) as guard:
+        try:
+            preview(folder, output / "look")
+        except QwenLoraError as error:
+            assert "\n" not in str(error) and str(error).isprintable()
+    assert guard.violations == [] and not canary.exists()
+    assert guard.seconds < SECONDS and guard.grown_bytes < BYTES
+    page = output / "look.html"
+    assert page.exists() or not attack.text
+    if page.exists():
+        tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!]+)", page.read_text("utf-8")))
+        assert tags <= PAGE_TAGS
+    assert {path.name for path in output.iterdir()} <= {"look.html", "look.png"}
 
 
 @pytest.mark.parametrize("attack", [a for a in ATTACKS if " as name of " in a.name or a.text])

@@ -34,6 +34,26 @@ def test_a_source_is_remembered_until_it_or_the_rules_change(tmp_path):
     assert RememberedSources(file, RULES).find(each) is None
 
 
+def test_another_length_or_inode_tells_a_change_when_the_time_does_not(tmp_path):
+    file = tmp_path / "sources.json"
+    one, two = (candidate(old_file(tmp_path / name)) for name in ("a.png", "b.png"))
+    sources = RememberedSources(file, RULES)
+    remember(sources, one)
+    remember(sources, two)
+    sources.save()
+    assert RememberedSources(file, RULES).find(one) is not None
+    (tmp_path / "a.png").rename(tmp_path / "other")  # swapped by name, equal in length and time
+    (tmp_path / "b.png").rename(tmp_path / "a.png")
+    (tmp_path / "other").rename(tmp_path / "b.png")
+    assert RememberedSources(file, RULES).find(one) is None
+    assert RememberedSources(file, RULES).find(two) is None
+    (tmp_path / "a.png").rename(tmp_path / "other")
+    (tmp_path / "b.png").rename(tmp_path / "a.png")
+    assert RememberedSources(file, RULES).find(one) is not None
+    old_file(tmp_path / "a.png", b"abcd")  # in place: the inode and the time stay
+    assert RememberedSources(file, RULES).find(one) is None
+
+
 def test_members_of_one_tar_are_told_apart(tmp_path):
     tar = old_file(tmp_path / "a.tar")
     sources = RememberedSources(tmp_path / "sources.json", RULES)

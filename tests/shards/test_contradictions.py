@@ -153,3 +153,14 @@ def test_an_unknown_fingerprint_form_is_refused(parts: Parts) -> None:
     publish_value(folder, manifest | {"fingerprint": newer})
     with pytest.raises(ShardError, match="not a fingerprint"):
         ShardSet.open(folder)
+
+
+def test_a_sample_that_stands_in_two_shards_is_found(tmp_path: Path) -> None:
+    """Everything else is right, counts of rows included."""
+    samples = sorted_samples(5)
+    shards = [write_one(tmp_path, samples[:3]), write_one(tmp_path, samples[2:])]
+    publish(tmp_path, shards)
+    (problem,) = verify(tmp_path, deep=True).problems
+    assert problem.startswith(f"sample {samples[2].sample_id} stands in shard-")
+    with pytest.raises(ShardError, match=f"{samples[2].sample_id} stands in"):
+        ShardSet.open(tmp_path)

@@ -224,6 +224,19 @@ def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
     assert len(members(tmp_path / "c")) == 10
 
 
+def test_a_shard_that_only_the_manifest_says_otherwise_about_is_not_copied(tmp_path: Path) -> None:
+    """Its sidecar fits; the manifest's hash of it ends differently than its name begins."""
+    a = make_set(tmp_path / "a", 0, 8)
+    manifest, _ = load_manifest(a)
+    (entry,) = manifest.shards
+    other = entry.tar.sha256[:-1] + ("0" if entry.tar.sha256[-1] != "0" else "1")
+    shards = (replace(entry, tar=replace(entry.tar, sha256=other)),)
+    publish_manifest(a, replace(manifest, shards=shards))
+    with pytest.raises(ShardError, match=r"shard-.*is damaged: sha256"):
+        merge([a], tmp_path / "c")
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
 def test_what_made_the_records_is_kept(tmp_path: Path) -> None:
     from qwen_lora.shards.writer import write_shard
 
