@@ -38,7 +38,7 @@ def base(sets: dict[str, Path], transformer_only: Path) -> dict[str, Any]:
         "rank": 4,
         "train_batch_size": 2,
         "learning_rate": 1e-3,
-        "max_train_steps": 20,
+        "max_train_steps": 16,
         "checkpointing_steps": 3,
         "logging_steps": 2,
         "validation_steps": 0,

@@ -30,7 +30,7 @@ CHANGES: dict[str, Any] = {
     "train_batch_size": 1,
     "lora_dropout": 0.1,
     "logging_steps": 1,
-    "max_train_steps": 16,
+    "max_train_steps": 10,
 }
 
 
@@ -108,8 +108,8 @@ def test_six_signals_at_random_moments(runs: Runs, tmp_path: Path, rng: random.R
     send_signals(runs, tmp_path, 6, rng)
 
 
-def test_six_kills_at_random_moments(runs: Runs, tmp_path: Path, rng: random.Random) -> None:
-    send_kills(runs, tmp_path, 6, rng)
+def test_four_kills_at_random_moments(runs: Runs, tmp_path: Path, rng: random.Random) -> None:
+    send_kills(runs, tmp_path, 4, rng)
 
 
 @pytest.mark.slow

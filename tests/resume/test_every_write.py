@@ -61,7 +61,7 @@ def kill_everywhere(
 def test_kill_9_at_some_writes_of_a_run(
     runs: Runs, sets: dict[str, Path], tmp_path: Path, rng: random.Random
 ) -> None:
-    kill_everywhere(runs, sets["many-shards"], tmp_path, 3, rng)
+    kill_everywhere(runs, sets["many-shards"], tmp_path, 2, rng)
 
 
 @pytest.mark.slow

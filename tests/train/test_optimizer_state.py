@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.train.optimizer import make_optimizer
 from qwen_lora.train.optimizer_state import (
     NamedParameters,
     check_round_trip,
+    check_state_fits,
     pack_optimizer,
     unpack_optimizer,
 )
@@ -125,3 +128,52 @@ def test_an_optimizer_for_sparse_gradients_is_one_clear_error() -> None:
 
     with pytest.raises(InputError, match="SparseAdam cannot train a LoRA"):
         check_round_trip(make, torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("adamw", {}),
+        ("adamw8bit", {"min_8bit_size": 64}),
+        ("prodigy", {}),  # keeps the start of a zero matrix as one number
+        ("torch.optim.Adagrad", {}),
+        ("torch.optim.Adafactor", {}),  # a row and a column
+        ("torch.optim.SGD", {"momentum": 0.9}),
+    ],
+)
+def test_state_of_other_shapes_is_refused(name: str, arguments: dict[str, Any]) -> None:
+    """Fused kernels would write beyond it."""
+    pytest.importorskip({"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(name, "torch"))
+    settings = Settings(optimizer=name, optimizer_args=arguments)
+
+    def make(parameters: NamedParameters) -> torch.optim.Optimizer:
+        return make_optimizer(parameters, settings)
+
+    shapes = {"a.lora_A": (4, 48), "a.lora_B": (48, 4), "b.lora_A": (4, 16)}
+    parameters = [
+        (name, torch.nn.Parameter(torch.randn(shape) * ("A" in name)))
+        for name, shape in shapes.items()
+    ]
+    optimizer = make(parameters)
+    nothing: dict[str, torch.Tensor] = {}
+    check_state_fits(make, parameters, pack_optimizer(optimizer, parameters, nothing), nothing)
+    for _ in range(3):
+        for _, parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack_optimizer(optimizer, parameters, tensors)
+    check_state_fits(make, parameters, packed, tensors)
+    for key, tensor in tensors.items():
+        for other in (tensor.new_zeros(3, 5), tensor.to(torch.float64)):
+            with pytest.raises(QwenLoraError, match=f"does not fit this run: {key} is"):
+                check_state_fits(make, parameters, packed, {**tensors, key: other})
+        with pytest.raises(QwenLoraError, match=f"{key} is missing"):
+            rest = {other: tensors[other] for other in tensors if other != key}
+            check_state_fits(make, parameters, packed, rest)
+    flags = [k for k, v in packed["groups"][0].items() if v is None or isinstance(v, bool)]
+    for key in flags:
+        forged = {**packed, "groups": [{**packed["groups"][0], key: "odd"}]}
+        with pytest.raises(QwenLoraError, match=f"has {key} 'odd'"):
+            check_state_fits(make, parameters, forged, tensors)
