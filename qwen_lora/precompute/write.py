@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,26 +17,29 @@ from qwen_lora.shards.store import Store
 if TYPE_CHECKING:
     from qwen_lora.shards.writer import EncodedSample
 
+FINISH_S = 20.0
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class BackgroundWriter:
     """At most one shard waits while the next is being encoded, so memory holds two.
 
-    On an exception in the `with` block the shard at hand is still finished: it is whole.
+    On an exception in the `with` block the shard at hand is still finished: it is whole. A remote
+    store that does not take it within FINISH_S is no longer waited for.
     """
 
     def __init__(self, store: Store, fingerprint: Fingerprint, made_by: dict[str, Any]) -> None:
         self._store, self._fingerprint, self._made_by = store, fingerprint, made_by
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="qwen-lora-write")
         self._waiting: Future[ShardEntry] | None = None
+        self._last: Future[ShardEntry] | None = None
         self._entries: list[ShardEntry] = []
 
     def submit(self, samples: list[EncodedSample]) -> None:
         """Write a shard, unless it is empty. Raises what the shard before failed with."""
         self._collect()
         if samples:
-            self._waiting = self._pool.submit(self._write, samples)
+            self._waiting = self._last = self._pool.submit(self._write, samples)
 
     def finish(self) -> list[ShardEntry]:
         self._collect()
@@ -53,8 +56,10 @@ class BackgroundWriter:
         try:
             return write_shard(self._store, samples, self._fingerprint, self._made_by)
         except OSError as error:
+            remote = self._store.is_remote  # then it was its temporary
+            where = self._store.scratch if remote else self._store.label
             raise QwenLoraError(
-                f"cannot write to {self._store.label}: {error.strerror or error}; finished shards "
+                f"cannot write to {where}: {error.strerror or error}; finished shards "
                 "are kept, the same command continues once it is put right"
             ) from error
 
@@ -67,7 +72,10 @@ class BackgroundWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True)
+        if kind is not None and self._last is not None:
+            wait([self._last], timeout=FINISH_S)
+        with self._store.interrupted() if kind is not None else nullcontext():
+            self._pool.shutdown(wait=True)
 
 
 @contextmanager

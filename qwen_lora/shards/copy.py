@@ -142,7 +142,7 @@ def _copy_tar(
             problems = [f"{where} is damaged: sha256 {sha256[:12]}"]
         if problems:
             raise ShardError(f"{problems[0]}; copy the shard again from its source")
-    target.publish(path, entry.tar)
+    target.publish(path, entry.tar, resumed=True)
 
 
 def _has(store: Store, tar: FileEntry) -> bool:

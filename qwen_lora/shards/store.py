@@ -104,8 +104,9 @@ class Store(ABC):
         """A local folder for temporaries, on the same disk as a local set."""
 
     @abstractmethod
-    def publish(self, temporary: Path, file: FileEntry) -> None:
-        """Give a finished, fsynced file of `scratch` its content name; it leaves `scratch`."""
+    def publish(self, temporary: Path, file: FileEntry, resumed: bool = False) -> None:
+        """Give a finished, fsynced file of `scratch` its content name; it leaves `scratch`.
+        `resumed`: a remote store may take a file of that name and length to be it."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -186,7 +187,7 @@ class FolderStore(Store):
     def scratch(self) -> Path:
         return own_folder(self.folder / LOCAL)
 
-    def publish(self, temporary: Path, file: FileEntry) -> None:
+    def publish(self, temporary: Path, file: FileEntry, resumed: bool = False) -> None:
         publish_file(temporary, self.folder / file.name)
 
     def write(self, name: str, data: bytes) -> None:

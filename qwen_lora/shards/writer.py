@@ -219,7 +219,7 @@ def sweep_temporaries(place: Place) -> int:
     """Remove what killed writers left in `.local/`; call it while holding the set's lock."""
     with opened_store(place) as store:
         scratch = store.scratch
-    stale = [*scratch.glob(f"{TEMPORARY}*.tmp"), *scratch.glob(".*.tmp")]
+    stale = [*scratch.glob(f"{TEMPORARY}*.tmp"), *scratch.glob(".*-????????.tmp")]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)

@@ -53,7 +53,13 @@ class FolderRemote(Remote):
     def names(self) -> list[str] | None:
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
 
-    def put(self, name: str, source: Path | bytes, check: Callable[[], None] = never_stop) -> None:
+    def put(
+        self,
+        name: str,
+        source: Path | bytes,
+        check: Callable[[], None] = never_stop,
+        resumed: bool = False,
+    ) -> None:
         data = source if isinstance(source, bytes) else source.read_bytes()
         (self.folder / name).write_bytes(data)
 

@@ -19,6 +19,7 @@ from qwen_lora.errors import InputError
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.remote import open_remote
 
+from .conftest import write_set
 from .fault_server import serve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,3 +147,40 @@ def test_odd_addresses(url: str) -> None:
 def test_offline_is_said() -> None:
     with pytest.raises(InputError, match="cannot be read while HF_HUB_OFFLINE is set"):
         ShardSet.open("hf://datasets/owner/name")
+
+
+TOOLS = """
+import sys
+from typer.testing import CliRunner
+from qwen_lora.cli import app
+here, there = sys.argv[1:3]
+look = (["info"], ["list", "--json"], ["verify", "--deep"], ["merge", "--output", "merged"])
+for words in look:
+    said = []
+    for place in (there, here):
+        result = CliRunner().invoke(app, ["shards", words[0], place, *words[1:]])
+        assert result.exit_code == 0, result.output
+        said.append(result.stdout.replace(place, "SET"))
+    if words[0] != "merge":
+        assert said[0] == said[1], said
+assert "0 of them new" in said[1] and "2 duplicates" in said[1], said
+for words in (["prune", there], ["merge", here, "--output", there]):
+    result = CliRunner().invoke(app, ["shards", *words])
+    assert (result.exit_code, result.output.count("error: ")) == (2, 1), result.output
+    assert f"{there} can only be read" in result.output
+"""
+
+
+def test_the_tools_take_its_address(tmp_path: Path) -> None:
+    folder, url = write_set(tmp_path / "set", count=2), "hf://datasets/owner/name/sets/one"
+    with serve(folder) as files, hub(folder, files.url) as (endpoint, _):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        result = subprocess.run(
+            [sys.executable, "-c", TOOLS, str(folder), url],
+            env={**environment, "HF_TOKEN": TOKEN, "QWEN_LORA_CACHE": str(tmp_path / "cache")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert result.returncode == 0, result.stderr

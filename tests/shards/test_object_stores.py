@@ -177,16 +177,19 @@ def test_an_object_of_the_same_length_is_not_sent_again(
     source = tmp_path / "source"
     source.write_bytes(b"12345")
     s3.delete("set/put.tar")
-    remote.put("put.tar", source)
+    remote.put("put.tar", source, resumed=True)
     del s3.requests[:]
-    remote.put("put.tar", source)
+    remote.put("put.tar", source, resumed=True)
     assert [request.split()[0] for request in s3.requests] == ["HEAD"]
+    s3.put("set/put.tar", b"54321")
+    remote.put("put.tar", source)
+    assert s3.get("set/put.tar") == b"12345"
 
 
 def test_a_long_file_goes_up_in_parts(s3: S3Server, remote: ObjectRemote, tmp_path: Path) -> None:
     source = tmp_path / "long"
     source.write_bytes(random.Random(5).randbytes(objects.ONE_PUT_BYTES + 77))
-    s3.faults += [None, Fault("lost"), None, Fault("status", 503), None, Fault("reset")]
+    s3.faults += [Fault("lost"), None, Fault("status", 503), None, Fault("reset")]
     remote.put("long.tar", source)
     assert s3.get("set/long.tar") == source.read_bytes()
     assert sum(request.startswith("PUT") for request in s3.requests) >= 3
@@ -196,7 +199,7 @@ def test_a_failed_upload_leaves_nothing(s3: S3Server, remote: ObjectRemote, tmp_
     source = tmp_path / "long"
     source.write_bytes(b"\1" * (objects.ONE_PUT_BYTES + 1))
     before = s3.uploads()
-    s3.faults += [None, None, None, *[Fault("status", 503)] * HASTE.attempts]
+    s3.faults += [None, None, *[Fault("status", 503)] * HASTE.attempts]
     with pytest.raises(RemoteError, match="given up"):
         remote.put("failed.tar", source)
     assert s3.get("set/failed.tar") is None
@@ -208,7 +211,7 @@ def test_a_completed_upload_whose_answer_is_lost(
 ) -> None:
     source = tmp_path / "long"
     source.write_bytes(b"\2" * (objects.ONE_PUT_BYTES + 1))
-    s3.faults += [None, None, None, None, None, Fault("lost")]
+    s3.faults += [None, None, None, None, Fault("lost")]
     remote.put("lost.tar", source)
     assert not s3.faults
     assert s3.get("set/lost.tar") == source.read_bytes()

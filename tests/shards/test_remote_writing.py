@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qwen_lora.errors import QwenLoraError
+from qwen_lora.precompute import write
 from qwen_lora.shards.manifest import load_manifest
-from qwen_lora.shards.remote.base import ChangedRemotely, RemoteError
+from qwen_lora.shards.remote.base import ChangedRemotely, RemoteError, never_stop
 from qwen_lora.shards.remote.cache import ShardCache
 from qwen_lora.shards.remote.store import RemoteStore
 from qwen_lora.shards.verify import verify
@@ -114,3 +118,46 @@ def test_a_failed_upload_leaves_no_temporary(
     with pytest.raises(RemoteError, match="access denied"):
         write_one(store, sorted_samples(2, 20))
     assert list((tmp_path / "state").iterdir()) == []
+
+
+class Stuck(FolderRemote):
+    """An upload that gets nowhere."""
+
+    def put(
+        self,
+        name: str,
+        source: Path | bytes,
+        check: Callable[[], None] = never_stop,
+        resumed: bool = False,
+    ) -> None:
+        while True:
+            check()
+            time.sleep(0.01)
+
+
+def test_a_stopped_run_does_not_wait_for_a_stuck_upload(
+    shard_set: Path, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "FINISH_S", 0.1)
+    store = RemoteStore(Stuck(shard_set), cache, tmp_path / "state")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        write.BackgroundWriter(store, FINGERPRINT, {"qwen_lora": "test"}) as writer,
+    ):
+        writer.submit(sorted_samples(2, 20))
+        raise KeyboardInterrupt
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_a_full_disk_is_the_state_folders(
+    remote: FolderRemote, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qwen_lora.shards.writer.temporary_file", full)
+    store = RemoteStore(remote, cache, tmp_path / "state")
+    with write.BackgroundWriter(store, FINGERPRINT, {"qwen_lora": "test"}) as writer:
+        writer.submit(sorted_samples(2, 20))
+        with pytest.raises(QwenLoraError, match=f"cannot write to {tmp_path}/state: No space left"):
+            writer.finish()

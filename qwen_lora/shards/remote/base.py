@@ -75,9 +75,16 @@ class Remote(ABC):
     def check_permission(self) -> None:  # noqa: B027 - most can only be tried
         """Raises InputError or RemoteError where this user may not put objects, and leaves none."""
 
-    def put(self, name: str, source: Path | bytes, check: Callable[[], None] = never_stop) -> None:
-        """Upload under a content name, whole or not at all; an object of that name and length is
-        taken to be it. Raises InputError where this protocol cannot write, RemoteError."""
+    def put(
+        self,
+        name: str,
+        source: Path | bytes,
+        check: Callable[[], None] = never_stop,
+        resumed: bool = False,
+    ) -> None:
+        """Upload under a content name, whole or not at all. `resumed`: a file is not sent again if
+        there is an object of its name and length. Raises InputError where this protocol cannot
+        write, RemoteError."""
         raise self._read_only()
 
     def replace(self, name: str, data: bytes, version: str | None) -> str | None:

@@ -181,14 +181,20 @@ class ObjectRemote(Remote):
         except NotListed:
             return None
 
-    def put(self, name: str, source: Path | bytes, check: Callable[[], None] = never_stop) -> None:
+    def put(
+        self,
+        name: str,
+        source: Path | bytes,
+        check: Callable[[], None] = never_stop,
+        resumed: bool = False,
+    ) -> None:
         attempts = self._attempts(name, check)
         if isinstance(source, bytes):  # small: cheaper sent again than asked for
             attempts(lambda: self._objects.put(name, source))
             return
         size = source.stat().st_size
         try:
-            if attempts(lambda: self._objects.head(name)).size == size:
+            if resumed and attempts(lambda: self._objects.head(name)).size == size:
                 return
         except FileNotFoundError:
             pass

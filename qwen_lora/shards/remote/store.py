@@ -152,9 +152,9 @@ class RemoteStore(Store):
     def check_permission(self) -> None:
         self.remote.check_permission()
 
-    def publish(self, temporary: Path, file: FileEntry) -> None:
+    def publish(self, temporary: Path, file: FileEntry, resumed: bool = False) -> None:
         try:
-            self.remote.put(file.name, temporary, self._check)
+            self.remote.put(file.name, temporary, self._check, resumed)
             self.cache.add(file, temporary)
         finally:
             temporary.unlink(missing_ok=True)
