@@ -66,14 +66,13 @@ def precompute(
     world = World.from_environment()
     with (
         stop_on_signals(),
-        world.guard(),
+        world.lifeline.guard(),
         output_errors(local_folder(settings), QwenLoraError, CONTINUE),
         open_output(settings) as store,
     ):
         model = _resolve(store, settings, world)
         with _locked(store, settings, world) as local:
             summary = _run(settings, model, store, local, world, asked)
-            world.gather(None)  # rank 0 keeps the store open until all have heard
     if world.first:
         print("\n".join(summary.lines()), flush=True)
     return summary

@@ -252,7 +252,7 @@ class BatchLoader:
             if isinstance(error, QwenLoraError) and sample_id in str(error):
                 raise
             kind = ShardError if isinstance(error, ShardError) else QwenLoraError
-            raise kind(f"sample {sample_id}: {error or type(error).__name__}") from error
+            raise kind(f"sample {sample_id}: {str(error) or type(error).__name__}") from error
         embeds, mask = tensors["prompt_embeds"], tensors["prompt_mask"]
         if "latents" in tensors:
             latents = tensors["latents"].float()  # [C, h, w], stored in float16

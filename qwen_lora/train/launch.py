@@ -19,8 +19,9 @@ from types import FrameType
 from typing import IO
 
 PROGRAM = (sys.executable, "-m", "qwen_lora")
-# After a child's failure the others have this long to end by themselves, then to end on SIGTERM.
-ALONE_S, GRACE_S = 2.0, 10.0
+# After a child's failure the others have this long to end by themselves (the lifeline has them do
+# so within its GRACE_S), then to end on SIGTERM.
+ALONE_S, GRACE_S = 7.0, 12.0
 POLL_S = 0.1
 # Runs before the child's program: have the kernel send SIGTERM when the launcher dies, however it
 # dies (1 is PR_SET_PDEATHSIG; it survives exec), and look whether that has happened already. A
@@ -39,7 +40,7 @@ def launch_processes(
     """Run `program argv` as `num_processes` ranks; the exit code of the whole.
 
     SIGTERM and SIGINT are forwarded and the children are waited for while they save: 143 or 130.
-    When one child fails, the others get SIGTERM after two seconds and SIGKILL after ten.
+    When one child fails, the others get SIGTERM after seven seconds and SIGKILL after twelve.
     """
     family = _Children([*program, *argv], num_processes)
     previous = {
@@ -132,8 +133,8 @@ class _Children:
             return 0
         if self._signum and all(code in (0, 128 + self._signum, -self._signum) for code in codes):
             return 128 + self._signum
-        # Rank 0 has said an agreed InputError itself; anything else may be known to one rank only.
-        if codes[0] != 2:
+        # All ranks end with the same error; rank 0 has said it, unless it was killed or never came.
+        if codes[0] not in (1, 2):
             for line in dict.fromkeys(self._held):
                 sys.stderr.write(line)
             sys.stderr.flush()

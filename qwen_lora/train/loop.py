@@ -96,7 +96,7 @@ class Loop:
         last = settings.max_train_steps
         bar = Progress("train", last, "step", initial=self.state.step, quiet=quiet)
         work = upcoming(self.parts, self.state)
-        with StopRequest() as stop, bar, closing(work):
+        with StopRequest() as stop, bar, closing(work), self.ranks.lifeline.telling():
             self._measure(stop)
             self._preview(stop, bar)
             while self.state.step < last:
@@ -130,7 +130,7 @@ class Loop:
         if signum:
             if self._saved_step != self.state.step or self.state.step == 0:
                 self.parts.save(self.state)
-            self._report("stopped")
+            self.ranks.on_main(lambda: self._report("stopped"))  # nobody leaves before it is there
             raise Stopped(
                 signum,
                 f"stopped at step {self.state.step}, saved; run the same command to continue",

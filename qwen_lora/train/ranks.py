@@ -4,7 +4,8 @@
 A failure on one rank must end all ranks with the same message instead of leaving the others waiting
 in a collective. So everything that only rank 0 does goes through `on_main`, and errors that only
 one rank sees (a damaged record) travel with the flags of `agree`. These small messages go through a
-gloo group on the host: they never wait for a GPU. They are JSON; nothing is ever unpickled.
+gloo group on the host: they never wait for a GPU. They are JSON; nothing is ever unpickled. What
+happens in between (in the middle of a step, a killed process) is the lifeline's affair.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.lifeline import Lifeline, error_facts, error_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def start_ranks(settings: Settings) -> Ranks:
+def start_ranks(settings: Settings, lifeline: Lifeline) -> Ranks:
     """Join the process group that the launcher described, on a GPU if there is one.
 
     accelerate's own mixed precision (autocast) stays off: the compute type is that of the weights.
@@ -49,7 +51,7 @@ def start_ranks(settings: Settings) -> Ranks:
             log_with=list(settings.report_to) or None,
             project_dir=settings.output_dir / settings.logging_dir,
         )
-    ranks = Ranks(accelerator)
+    ranks = Ranks(accelerator, lifeline)
     if settings.num_processes not in (1, ranks.world):
         ranks.close()
         raise InputError(
@@ -70,15 +72,17 @@ def _refuse_other_parallelism() -> None:
             )
 
 
-# Rank 0 may hash or load for a long time while the others wait in a host collective.
+# Rank 0 may hash or load for a long time while the others wait in a host collective. That it is
+# alive is known from the lifeline.
 HOST_TIMEOUT = timedelta(hours=2)
 
 
 class Ranks:
     """One process's place among the others, and the host-side collectives between them."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, lifeline: Lifeline | None = None) -> None:
         self.accelerator = accelerator
+        self.lifeline = lifeline or Lifeline()
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
@@ -99,14 +103,13 @@ class Ranks:
         if self.is_main:
             try:
                 message = {"value": work()}
-            except QwenLoraError as error:
-                failure, message = error, error_facts(error)
             except Exception as error:
-                failure, message = error, error_facts(error)
+                failure, message = error, {"error": error_facts(error, self.rank)}
         message = self._broadcast_json(message)
         if failure is not None:
             raise failure
-        raise_facts(message)
+        if "error" in message:
+            raise error_from(message["error"])
         return message["value"]
 
     def everywhere(self, work: Callable[[], T]) -> T:
@@ -132,11 +135,10 @@ class Ranks:
         dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self._group)
         failed, flag = state.tolist()
         if failed:
-            all_facts = self.gather_json(error_facts(failure) if failure else {})
+            all_facts = self.gather_json(error_facts(failure, self.rank) if failure else None)
             if failure is not None:
                 raise failure
-            for facts in all_facts:
-                raise_facts(facts)
+            raise error_from(next(facts for facts in all_facts if facts))
         return int(flag)
 
     def check_equal(self, value: str, what: str) -> None:
@@ -188,15 +190,3 @@ class Ranks:
             data = torch.zeros(int(size), dtype=torch.uint8)
         dist.broadcast(data, src=0, group=self._group)
         return json.loads(data.numpy().tobytes())
-
-
-def error_facts(error: Exception) -> dict[str, Any]:
-    if isinstance(error, QwenLoraError):
-        return {"error": str(error), "input": isinstance(error, InputError)}
-    return {"error": f"{type(error).__name__}: {error}", "input": False}
-
-
-def raise_facts(facts: dict[str, Any]) -> None:
-    if "error" in facts:
-        kind = InputError if facts["input"] else QwenLoraError
-        raise kind(facts["error"])

@@ -1,4 +1,4 @@
-"""What a resumed run may change. Imports no torch.
+"""What a resumed run may change, and in what its ranks may differ. Imports no torch.
 
 A setting that would change the result is refused, naming old and new. Exceptions: `max_train_steps`
 for schedules that do not depend on it, and the way a step's micro-batches are shared between
@@ -8,16 +8,21 @@ and the shard sets are compared by content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from qwen_lora import __version__
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
 from qwen_lora.train.checkpoint import RunFacts
 from qwen_lora.train.lr_schedule import depends_on_max_steps
+
+if TYPE_CHECKING:
+    from qwen_lora.train.ranks import Ranks
 
 # Compared by content or by a rule of their own, not by value.
 _OWN_RULE = {
@@ -26,26 +31,59 @@ _OWN_RULE = {
     "gradient_accumulation_steps",
     "max_train_steps",
 }
+# Places and sizes of one machine, in which ranks may differ.
+_OF_MACHINE = {
+    "pretrained_model_name_or_path",
+    "shards",
+    "shards_dir",
+    "output_dir",
+    "logging_dir",
+    "shard_cache_dir",
+    "shard_cache_gib",
+    "read_ahead",
+    "num_processes",
+}
+_LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "numpy")
 
 
 def result_settings(settings: Settings) -> dict[str, Any]:
     """Every setting that changes the result of training, flat, as JSON values. Where things lie on
     this machine stays out, since checkpoints and LoRA files are shared: of `shards` the weights."""
-    values = dict(_flat(settings, settings.model_dump(mode="json"), ""))
+    values = dict(_flat(settings, settings.model_dump(mode="json"), "", ("result",)))
     del values["pretrained_model_name_or_path"]
     return values | {"shards": [{"weight": source.weight} for source in settings.shards]}
 
 
-def _flat(section: BaseModel, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def check_same_start(ranks: Ranks, settings: Settings) -> None:
+    """Raise InputError on every rank when one has other settings or libraries: ranks that save or
+    measure at other steps would wait for each other for ever."""
+    values = dict(_flat(settings, settings.model_dump(mode="json"), "", ("result", "nothing")))
+    mine = {name: value for name, value in values.items() if name not in _OF_MACHINE}
+    mine |= {"the version of qwen-lora": __version__}
+    mine |= {f"the version of {name}": version(name) for name in _LIBRARIES}
+    everyone = ranks.gather_json(mine)
+    for rank, theirs in enumerate(everyone):
+        for name in sorted(theirs.keys() | everyone[0].keys()):
+            here, there = everyone[0].get(name), theirs.get(name)
+            if here != there:
+                raise InputError(
+                    f"{name} is {here!r} in process 0 and {there!r} in process {rank}; start all "
+                    "processes with the same settings and the same packages"
+                )
+
+
+def _flat(
+    section: BaseModel, values: dict[str, Any], prefix: str, changes: Collection[str]
+) -> Iterator[tuple[str, Any]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         facts = field.json_schema_extra
         if isinstance(value, BaseModel):
-            yield from _flat(value, values[name], f"{prefix}{name}.")
+            yield from _flat(value, values[name], f"{prefix}{name}.", changes)
         elif (
             isinstance(facts, dict)
             and facts["command"] in ("train", "both")
-            and facts["changes"] == "result"
+            and facts["changes"] in changes
         ):
             yield f"{prefix}{name}", values[name]
 

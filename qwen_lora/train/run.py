@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen_lora.config.schema import Settings
-from qwen_lora.errors import QwenLoraError
+from qwen_lora.errors import QwenLoraError, Stopped
 from qwen_lora.train.run_folder import RunFolder, TrainResult, find_checkpoint, open_run
 
 if TYPE_CHECKING:
+    from qwen_lora.lifeline import Lifeline
     from qwen_lora.models import ModelFolder
     from qwen_lora.train.assemble import DataPlan, Trainable
     from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
+    from qwen_lora.train.metrics import MetricsFile
     from qwen_lora.train.preview_plan import PreviewPlan
     from qwen_lora.train.ranks import Ranks
     from qwen_lora.train.report import Report
@@ -33,46 +36,55 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
     resume), ShardError for damaged records, QwenLoraError for a loss that is not finite, Stopped
     after SIGTERM or SIGINT, when the state is saved.
     """
+    from qwen_lora.lifeline import join_processes
+
+    lifeline = join_processes()
+    with lifeline.guard() as ends:
+        try:
+            return _train(settings, restart, lifeline, ends)
+        except Stopped as error:
+            stopped = error  # every rank has it and the state is saved: a proper end
+    raise stopped
+
+
+def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStack) -> TrainResult:
     from qwen_lora.train import assemble
     from qwen_lora.train.preview_plan import settle_previews
     from qwen_lora.train.ranks import start_ranks
     from qwen_lora.train.report import open_report
-    from qwen_lora.train.resume import check_resume
+    from qwen_lora.train.resume import check_resume, check_same_start
     from qwen_lora.train.sources import open_sources
     from qwen_lora.train.trackers import check_trackers
 
     check_trackers(settings)
-    ranks = start_ranks(settings)
-    try:
-        with open_run(ranks, settings, restart) as run:
-            found = find_checkpoint(ranks, run, settings)
-            if not found:
-                ranks.on_main(run.refuse_to_overwrite)
-            recorded = found.facts if found else None
-            pinned = recorded.generations if recorded else None
-            with open_sources(ranks, settings, pinned) as sources:
-                model = assemble.find_model(ranks, settings, sources.manifests)
-                plan = assemble.plan_data(ranks, settings, sources, recorded)
-                facts = assemble.run_facts(ranks, settings, sources, model, plan)
-                ranks.check_equal(facts.plan_id, "the plan of the samples")
-                if found:
-                    check_resume(run.path, found.facts, facts, settings, found.state.step)
-                    if done := _already_done(ranks, run, found, settings):
-                        return done
-                drawn = settle_previews(ranks, settings, sources, plan, model.family)
-                ranks.on_main(lambda: run.write_settings(settings))
-                trainable = assemble.build_trainable(ranks, settings, model, found)
-                report = open_report(ranks, run, settings, sources, plan, model, trainable)
-                job = _Job(
-                    ranks, run, settings, sources, model, plan, facts, trainable, found, report
-                )
-                state = _loop(job, drawn)
-                _export(job, state)
-                if report:
-                    report.write(state, "done")
-                return TrainResult(run.lora, state.step, found.state.step if found else None)
-    finally:
-        ranks.close()
+    ranks = start_ranks(settings, lifeline)
+    ends.callback(ranks.close)
+    check_same_start(ranks, settings)
+    with open_run(ranks, settings, restart) as run:
+        found = find_checkpoint(ranks, run, settings)
+        if not found:
+            ranks.on_main(run.refuse_to_overwrite)
+        recorded = found.facts if found else None
+        pinned = recorded.generations if recorded else None
+        with open_sources(ranks, settings, pinned) as sources:
+            model = assemble.find_model(ranks, settings, sources.manifests)
+            plan = assemble.plan_data(ranks, settings, sources, recorded)
+            facts = assemble.run_facts(ranks, settings, sources, model, plan)
+            ranks.check_equal(facts.plan_id, "the plan of the samples")
+            if found:
+                check_resume(run.path, found.facts, facts, settings, found.state.step)
+                if done := _already_done(ranks, run, found, settings):
+                    return done
+            drawn = settle_previews(ranks, settings, sources, plan, model.family)
+            ranks.on_main(lambda: run.write_settings(settings))
+            trainable = assemble.build_trainable(ranks, settings, model, found)
+            report = open_report(ranks, run, settings, sources, plan, model, trainable)
+            job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)
+            state = _loop(job, drawn)
+            _export(job, state)
+            if report:
+                report.write(state, "done")
+            return TrainResult(run.lora, state.step, found.state.step if found else None)
 
 
 def _already_done(
@@ -121,10 +133,7 @@ def _loop(job: _Job, drawn: PreviewPlan | None) -> TrainState:
     loader, measure = build_loaders(ranks, settings, job.sources, job.model, job.plan, trainable)
     ranks.check_equal(loader.plan(state.epoch).hash, "the plan of the epoch")
     metrics = MetricsFile(run.metrics if ranks.is_main else None)
-    metrics.continue_from(state.step) if job.found else metrics.clear()
-    ranks.on_main(
-        lambda: run.previews.continue_from(state.step) if job.found else run.previews.clear()
-    )
+    ranks.on_main(lambda: _drop_later_lines(job, metrics, state.step))
     previews = build_previews(ranks, run, job.model, trainable, drawn)
     trackers = Trackers(ranks.accelerator, settings)
 
@@ -151,6 +160,22 @@ def _loop(job: _Job, drawn: PreviewPlan | None) -> TrainState:
         return Loop(parts, state).run()
     finally:
         trackers.close()
+
+
+def _drop_later_lines(job: _Job, metrics: MetricsFile, step: int) -> None:
+    """Curves and pictures go on from the checkpoint; without one they begin again."""
+    try:
+        if job.found:
+            metrics.continue_from(step)
+            job.run.previews.continue_from(step)
+        else:
+            metrics.clear()
+            job.run.previews.clear()
+    except OSError as error:
+        raise QwenLoraError(
+            f"cannot write into {job.run.path}: {error}; the checkpoints are intact, free some "
+            "space and run the same command again"
+        ) from error
 
 
 def _export(job: _Job, state: TrainState) -> None:

@@ -3,6 +3,7 @@ import threading
 import pytest
 
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.lifeline import Lifeline
 from qwen_lora.precompute.world import World
 
 
@@ -14,10 +15,10 @@ def run_ranks(size, work):
     results: list = [None] * size
 
     def run(rank):
-        world = World(rank, size, rank, store)
+        lifeline = Lifeline.connect(rank, size, store, "127.0.0.1")
         try:
-            with world.guard():
-                results[rank] = work(world)
+            with lifeline.guard():
+                results[rank] = work(World(lifeline))
         except Exception as error:
             results[rank] = error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_lora.train import launch
 from qwen_lora.train.launch import launch_processes
 
 pytestmark = [
@@ -72,8 +73,9 @@ def test_children_get_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failing_child_ends_the_others_with_its_error(
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launch, "ALONE_S", 1.0)
     code = (
         "import os, sys, time\n"
         "if os.environ['RANK'] == '1': sys.exit(print('error: first', file=sys.stderr) or 2)\n"
@@ -85,9 +87,24 @@ def test_a_failing_child_ends_the_others_with_its_error(
     assert capfd.readouterr().err.count("error: first") == 1
 
 
-def test_an_error_that_all_ranks_share_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("import sys; print('error: same', file=sys.stderr); sys.exit(2)") == 2
+@pytest.mark.parametrize("code", [1, 2])
+def test_an_error_that_all_ranks_share_is_said_once(
+    capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    assert run(f"import sys; print('error: same', file=sys.stderr); sys.exit({code})") == code
     assert capfd.readouterr().err.count("error: same") == 1
+
+
+def test_when_the_first_rank_is_killed_another_says_so_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "if os.environ['RANK'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(print('error: process 0 is gone', file=sys.stderr) or 1)"
+    )
+    assert run(code, 3) in (1, 137)
+    assert capfd.readouterr().err.count("error: process 0 is gone") == 1
 
 
 SAVES_ON_SIGNAL = """

@@ -1,6 +1,7 @@
 """One rank and two: the same steps, the same LoRA; signals and faults end both ranks together."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,8 @@ def test_a_fault_of_one_rank_ends_both_with_its_message(
     run = start(tmp_path / "run", shards, transformer_only, 2, train_batch_size=1)
     output, _ = run.communicate(timeout=90)
     assert run.returncode == 1
-    assert "sample " in output and "Traceback" not in output
+    assert re.findall("^error: .*sample [0-9a-f]{32}", output, re.MULTILINE), output
+    assert output.count("error: ") == 1 and "Traceback" not in output
 
 
 def test_ranks_that_cannot_share_a_step_are_refused(make_settings: MakeSettings) -> None:
