@@ -74,7 +74,24 @@ def wrap_for_ranks(losses: SampleLosses, ranks: Ranks) -> torch.nn.Module:
     made the same LoRA, so nothing is broadcast."""
     if ranks.world == 1:
         return losses
-    return DistributedDataParallel(losses, init_sync=False, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(losses, init_sync=False, gradient_as_bucket_view=True)
+    # DDP reads the annotations of what it is given, so it gets a function without any.
+    model.register_comm_hook(None, lambda _, bucket: _sum_each_parameter(bucket))
+    return model
+
+
+def _sum_each_parameter(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """Sum a bucket of gradients over the ranks, each parameter by itself.
+
+    DDP makes its buckets anew after the first step, in the order in which gradients became ready,
+    and where a number stands in a bucket decides in which order three or more ranks add it up: in
+    one piece, a resumed run would not have the bits of an unbroken one.
+    """
+    works = [
+        torch.distributed.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()
+    ]
+    done = torch.futures.collect_all([work.get_future() for work in works])
+    return done.then(lambda _: bucket.buffer())
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -134,13 +151,15 @@ class Stepper:
         for position, micro in enumerate(work):
             with self._gradients_stay_local(position < len(work) - 1):
                 seed_dropout(dropout_seed(self._seed, step, micro.index), device)
-                # DDP averages over ranks: the factor makes it the sum again.
-                scale = micro.weight * self.ranks.world / step_samples
+                scale = micro.weight / step_samples
                 try:
                     losses = self.model(micro.batch.to(device))  # [B] float32
                     self.ranks.accelerator.backward(self.scaler.scale(losses.sum() * scale))
                 except torch.OutOfMemoryError as error:
                     raise _out_of_memory(step, micro.batch) from error
+                except Exception as error:
+                    error.add_note(f"in step {step + 1}, samples {_names(micro.batch.sample_ids)}")
+                    raise
             sample_losses.append(losses.detach())
             loss_sum += losses.detach().sum() * micro.weight
         self.scaler.unscale_(self.optimizer)
@@ -185,15 +204,18 @@ class Stepper:
         all_bad = sorted({name for part, _ in gathered for name in part})
         all_samples = sorted({name for _, part in gathered for name in part})
         shown = all_bad or all_samples
-        names = ", ".join(shown[:_SHOWN_SAMPLES])
-        if len(shown) > _SHOWN_SAMPLES:
-            names += f" and {len(shown) - _SHOWN_SAMPLES} more"
         tried = f" in {MAX_SKIPPED} attempts in a row" if self.scaler.is_enabled() else ""
         return QwenLoraError(
             f"step {step + 1}: the loss ({loss}) or the gradient norm ({grad_norm}) is not finite"
-            f"{tried}; nothing was updated. Samples: {names}. "
+            f"{tried}; nothing was updated. Samples: {_names(shown)}. "
             "Lower learning_rate or check these images; earlier checkpoints are intact"
         )
+
+
+def _names(sample_ids: Sequence[str]) -> str:
+    names = ", ".join(sample_ids[:_SHOWN_SAMPLES])
+    more = len(sample_ids) - _SHOWN_SAMPLES
+    return f"{names} and {more} more" if more > 0 else names
 
 
 def _out_of_memory(step: int, batch: LoadedBatch) -> QwenLoraError:
