@@ -214,9 +214,19 @@ def _(forgery: Forgery, canary: Path) -> None:
     forgery.tar += plain_tar([("x.pkl", payload(canary))])
 
 
-@attack("bytes in the padding and behind the end", outside=True)
+@attack("bytes behind the end", outside=True)
 def _(forgery: Forgery, canary: Path) -> None:
     forgery.tar = forgery.tar[:-20] + payload(canary)[:20]
+
+
+@attack("bytes in the padding behind a member", outside=True)
+def _(forgery: Forgery, canary: Path) -> None:
+    columns = forgery.sidecar["columns"]
+    end = columns["json_offset"][1] + columns["json_bytes"][1]
+    room = -end % 512
+    assert room and not forgery.tar[end : end + room].strip(b"\0")
+    hidden = payload(canary)[:room].ljust(room, b"\0")
+    forgery.tar = forgery.tar[:end] + hidden + forgery.tar[end + room :]
 
 
 @attack("the same record twice", outside=True)

@@ -106,3 +106,11 @@ def test_the_limit_is_ten_or_one_percent():
 
 def test_names_are_printable():
     assert printable("a\nb\x1b\udce9é") == "a\\nb\\x1b\\udce9é"
+
+
+def test_a_detail_holds_no_secret(tmp_path):
+    """What libraries say of a file may hold the address that it came from."""
+    skip = Skip("a.png", "unreadable", "https://me:canary-pw@host/a.png?sig=canary-sig refused it")
+    report = write_report(tmp_path, Outcome((), (), {}, (skip,), (skip,))).read_text()
+    assert "canary" not in report
+    assert report.count("https://***@host/a.png?sig=*** refused it") == 2

@@ -130,6 +130,15 @@ def test_names_and_captions_can_stay_out(make_settings):
         assert b".png" not in data
 
 
+def test_the_saved_settings_hold_no_secret(make_settings):
+    """A token that somebody has put where none belongs."""
+    settings = make_settings({"trigger_word": "hf_CanaryCanary12"}, captions_in_shards=False)
+    precompute(settings)
+    saved = (settings.shards_dir / ".local" / "settings.json").read_text()
+    assert "Canary" not in saved
+    assert json.loads(saved)["data_config"]["trigger_word"] == "***"
+
+
 def test_two_resolutions_and_flips_make_more_samples_not_more_files(make_settings):
     settings = make_settings({"img_size": [64, 96], "flip": "both"})
     summary = precompute(settings)
