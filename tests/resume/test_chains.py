@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def variant(name: str, sets: dict[str, Path]) -> dict[str, Any]:
             "preview_steps": 4,
             "preview_inference_steps": 2,
         },
+        "bf16-8bit": {
+            "mixed_precision": "bf16",
+            "gradient_checkpointing": True,
+            "lora_targets": "all-linear+mod",
+            "optimizer": "adamw8bit",
+            "optimizer_args": {"min_8bit_size": 64},
+        },
+        "prodigy": {
+            "optimizer": "prodigy",
+            "learning_rate": 1.0,
+            "lora_init": "orthogonal",
+            "timestep_sampling": "logit_normal",
+            "timestep_shift": "model",
+        },
+        "fp16": {"mixed_precision": "fp16", "loss_weighting": "cosmap"},
         # Several at once, so that the fast suite meets them all.
         "much": {
             "shards_dir": str(sets["posterior"]),
@@ -90,8 +106,9 @@ def opened_case(
 
 VARIANTS = (
     *("plain", "dropout-cosine", "accumulation", "caption-dropout", "posterior", "weights"),
-    *("repeats", "block", "validation", "previews", URL),
+    *("repeats", "block", "validation", "previews", "bf16-8bit", "prodigy", "fp16", URL),
 )
+NEEDS = {"bf16-8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 def run_chains(
@@ -127,6 +144,8 @@ def test_five_interrupts_in_a_row(
 def test_chains_of_every_variant(
     runs: Runs, sets: dict[str, Path], tmp_path: Path, rng: random.Random, name: str
 ) -> None:
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
     said = run_chains(name, 6, runs, sets, tmp_path, rng)
     print(f"{name}: {len(said)} interrupts in chains of 5, 0 differing bytes: {tally(said)}")
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from qwen_lora.cli import main
 from qwen_lora.shards.remote import retries
 from qwen_lora.train.data import BatchLoader
@@ -36,6 +38,8 @@ def train_run(
 
     A store that fails is asked again at once, so that tests need not wait.
     """
+    # Torch makes its thread pool anew after a fork, in a way that is not safe in several threads.
+    torch.set_num_threads(1)
     kwdefaults = BatchLoader.__init__.__kwdefaults__
     assert kwdefaults is not None and "threads" in kwdefaults
     kwdefaults["threads"] = threads
