@@ -56,16 +56,19 @@ class Runs:
         interrupts: int = 5,
         workers: Callable[[random.Random], tuple[int, int]] | None = None,
         between: Callable[[], None] = lambda: None,
+        world: int = 1,
     ) -> list[str]:
         """Interrupt a run so often at random steps, then let it end; what happened.
 
         workers: draws (read_ahead, threads) for each start. between: called before each resume.
+        world: ranks, of which one gets the signal, which then is not kill -9.
         """
         last = {**self.base, **changes}["max_train_steps"]
         said = []
         for left in range(interrupts, 0, -1):
             done = newest_step(folder)
-            signum = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+            signals = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+            signum = rng.choice(signals if world == 1 else signals[:2])
             # The steps that remain suffice for the interrupts that are left.
             step = rng.randint(done, min(last - 1 - left, done + 2 * (last - done) // (left + 1)))
             after = rng.random() < 0.5
@@ -76,14 +79,20 @@ class Runs:
                 folder,
                 {**changes, "read_ahead": ahead},
                 expected,
-                stop={"step": step, "signum": int(signum), "after": after},
+                stop={
+                    "step": step,
+                    "signum": int(signum),
+                    "after": after,
+                    "rank": rng.randrange(world),
+                },
                 threads=threads,
+                world=world,
             )
             if signum != signal.SIGKILL:
                 assert newest_step(folder) == step + 1, said
             between()
         ahead, threads = (workers or any_workers)(rng)
-        self.run(folder, {**changes, "read_ahead": ahead}, threads=threads)
+        self.run(folder, {**changes, "read_ahead": ahead}, threads=threads, world=world)
         return said
 
 

@@ -118,14 +118,17 @@ def run_chains(
     sets: dict[str, Path],
     scratch: Path,
     rng: random.Random,
+    world: int = 1,
     **chain: Any,
 ) -> list[str]:
     """`count` chains of five against one unbroken run; the interrupts."""
     said = []
     with opened_case(name, sets, scratch, rng) as (changes, between):
-        runs.run(scratch / "unbroken", changes)
+        runs.run(scratch / "unbroken", changes, world=world)
         for _ in range(count):
-            happened = runs.chain(scratch / "broken", changes, rng, between=between, **chain)
+            happened = runs.chain(
+                scratch / "broken", changes, rng, between=between, world=world, **chain
+            )
             assert_same_end(scratch / "unbroken", scratch / "broken", f"{name}: {happened}")
             discard(scratch / "broken")
             said += happened
@@ -162,3 +165,13 @@ def test_fifty_interrupts_with_each_number_of_workers(
     """read_ahead 0 is no worker: the training thread reads."""
     said = run_chains("plain", 10, runs, sets, tmp_path, rng, workers=lambda _: workers)
     print(f"workers {workers}: {len(said)} interrupts, 0 differing bytes: {tally(said)}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_chains_of_several_ranks(
+    runs: Runs, sets: dict[str, Path], tmp_path: Path, rng: random.Random, world: int
+) -> None:
+    """Bit-equal with the same number of ranks, whichever of them gets the signal."""
+    said = run_chains("much", 3, runs, sets, tmp_path, rng, world=world)
+    print(f"{world} ranks: {len(said)} interrupts, 0 differing bytes: {tally(said)}")
