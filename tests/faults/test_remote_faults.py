@@ -110,29 +110,23 @@ def kill_at_request(far: Far, number: int, state: Path, prefix: str, parts: bool
     assert not list(state.glob("*.tmp")), what
 
 
-def kill_runs(far: Far, tmp_path: Path, prefix: str, count: int | None, rng: random.Random) -> int:
-    kills = 0
-    for parts in PARTS:
-        requests = far.run(tmp_path / "state", prefix, parts=parts)
-        assert far.s3.objects(prefix) == far.unbroken
-        numbers = list(range(1, len(requests) + 1))
-        for number in numbers if count is None else rng.sample(numbers, count):
-            far.clear(prefix)
-            shutil.rmtree(tmp_path / "state")
-            kill_at_request(far, number, tmp_path / "state", prefix, parts)
-            kills += 1
-        far.clear(prefix)
-    return kills
-
-
-def test_kill_9_at_requests(far: Far, tmp_path: Path, prefix: str, rng: random.Random) -> None:
-    kill_runs(far, tmp_path, prefix, 1, rng)
+def test_kill_9_at_a_request(far: Far, tmp_path: Path, prefix: str, rng: random.Random) -> None:
+    parts = rng.random() < 0.5
+    kill_at_request(far, rng.randrange(5, 20), tmp_path / "state", prefix, parts)
 
 
 @pytest.mark.slow
-def test_kill_9_at_every_request(far: Far, tmp_path: Path, prefix: str, rng: random.Random) -> None:
-    begun = far.s3.uploads()
-    kills = kill_runs(far, tmp_path, prefix, None, rng)
+def test_kill_9_at_every_request(far: Far, tmp_path: Path, prefix: str) -> None:
+    begun, kills, state = far.s3.uploads(), 0, tmp_path / "state"
+    for parts in PARTS:
+        requests = far.run(state, prefix, parts=parts)
+        assert far.s3.objects(prefix) == far.unbroken
+        for number in range(1, len(requests) + 1):
+            far.clear(prefix)
+            shutil.rmtree(state)
+            kill_at_request(far, number, state, prefix, parts)
+            kills += 1
+        far.clear(prefix)
     print(f"{kills} kills at requests, {far.s3.uploads() - begun} uploads in parts left unfinished")
     assert kills > 40
 

@@ -210,11 +210,11 @@ def folder_of(tmp_path: Path, name: str, numbers: range) -> Path:
     return tmp_path / name
 
 
-@pytest.mark.parametrize("theirs", [range(6, 10), range(3, 9), range(1, 2)])
+@pytest.mark.parametrize("theirs", [range(3, 9), range(1, 2)])
 def test_two_datasets_at_once_become_one_set(
     s3: S3Server, prefix, far, tmp_path, meanwhile, theirs: range, capsys
 ) -> None:
-    """The other's are all new, some of them, or one that stands in the middle of a shard here."""
+    """Of the other's some are new, or it has one that stands in the middle of a shard here."""
     here = {"img_dir": folder_of(tmp_path, "here", range(6)), "img_size": [32]}
     there = {"img_dir": folder_of(tmp_path, "there", theirs), "img_size": [32]}
     meanwhile(lambda: precompute(far(there, state="other")))
@@ -270,6 +270,7 @@ def test_a_write_whose_answer_is_lost_and_another_on_top_of_it(
     assert len(names) == 2
 
 
+@pytest.mark.slow
 def test_other_encoders_meanwhile_are_refused_and_change_nothing(
     s3: S3Server, prefix, far, tmp_path, meanwhile
 ) -> None:
@@ -371,7 +372,7 @@ def run_fault_sequences(
 def test_faults_on_the_way(
     s3: S3Server, prefix, far, make_settings, published: Published, tmp_path, fault_seed: int
 ) -> None:
-    seeds = range(fault_seed, fault_seed + 2)
+    seeds = range(fault_seed, fault_seed + 1)
     run_fault_sequences(s3, prefix, far, make_settings, published, tmp_path, seeds)
 
 

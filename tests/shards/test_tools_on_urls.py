@@ -91,12 +91,8 @@ def test_looking_at_a_set(s3: S3Server, web: FaultServer, tmp_path: Path, kind: 
     for words in (
         ("info",),
         ("info", "--json"),
-        ("list",),
         ("list", "--json"),
         ("list", "--urls"),
-        ("list", "--urls", "--json"),
-        ("verify",),
-        ("verify", "--deep"),
         ("verify", "--deep", "--json"),
     ):
         there, here = (says(0, words[0], place, *words[1:]) for place in (f"{url}/", GOLDEN))
@@ -237,7 +233,7 @@ def test_a_merge_or_prune_that_fails(
 ) -> None:
     rng = random.Random(fault_seed)
     for job in (merging, pruning):
-        assert fail_at_requests(s3, *job, rng.sample(range(1, 15), 2)) > 0
+        assert fail_at_requests(s3, *job, [rng.randrange(2, 13)]) > 0
 
 
 @pytest.mark.slow
@@ -283,7 +279,7 @@ def test_pruning_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
     folder, (third, second, first) = grown_set(tmp_path / "set")
     url = upload(s3, folder)
     s3.requests.clear()
-    for words in (["--dry-run"], [], [], ["--all", "--dry-run"], ["--all"]):
+    for words in (["--dry-run"], [], ["--all"]):
         far = json.loads(says(0, "prune", url, *words, "--json"))
         near = json.loads(says(0, "prune", folder, *words, "--json"))
         told = "removed_files", "removed_generations", "kept_generations", "retired"
