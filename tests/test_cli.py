@@ -182,6 +182,13 @@ def test_a_url_is_not_taken_for_a_folder(arguments: Any, stages: dict[str, Any])
     assert "train" not in stages and "precompute" not in stages
 
 
+@pytest.mark.parametrize("arguments", [("train", "s3:/b/set"), ("precompute", "--output", "s3:/b")])
+def test_a_url_with_a_slash_too_few_is_told(arguments: Any, stages: dict[str, Any]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "has one slash after its colon; a URL has two" in result.stderr
+
+
 def test_shard_sets_may_be_urls(stages: dict[str, Any]) -> None:
     assert invoke("train", "https://example.org/set/", "~/mine").exit_code == 0
     first, second = stages["train"].shards

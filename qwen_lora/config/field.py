@@ -77,6 +77,8 @@ def _local_path(value: Any) -> Any:
 def _set_place(value: Any) -> Any:
     """A local folder, or the URL of a shard set as it was written. Secrets are kept out of URLs,
     which settings files, logs and reports repeat."""
+    if isinstance(value, str) and _URL.match(value) and not _FULL_URL.match(value):
+        raise ValueError(f"{value!r} has one slash after its colon; a URL has two")
     if not isinstance(value, str) or not _FULL_URL.match(value):
         return _local_path(value)
     parts = urlsplit(value)

@@ -222,3 +222,32 @@ def test_hashes_of_a_run_that_was_stopped_are_kept(settings, folder, monkeypatch
     monkeypatch.setattr(plan, "inspect_image", look)
     assert precompute(settings).written == 6
     assert looked_at == ["5.png"]
+
+
+def test_an_image_of_which_a_sample_failed_keeps_what_it_has(make_settings, folder, monkeypatch):
+    """A disk that fails for a moment must not cost the record that is there."""
+    from qwen_lora.precompute import encode
+
+    precompute(make_settings({"img_dir": folder, "img_size": [16]}))
+    (folder / "3.txt").write_text("another caption")
+    wider = make_settings({"img_dir": folder, "img_size": [16, 32]})
+    with monkeypatch.context() as patch:
+        decode_image = encode.decode_image
+
+        def fail(inspection, geometry, data):
+            if inspection.candidate.image.name == "3.png":
+                raise encode.DecodeError("unreadable", "Input/output error")
+            return decode_image(inspection, geometry, data)
+
+        patch.setattr(encode, "decode_image", fail)
+        summary = precompute(wider)
+    assert summary.retired == 0
+
+    def captions() -> list[str]:
+        with ShardSet.open(wider.shards_dir) as shards:
+            metas = [shards.read_meta(row) for row in range(len(shards))]
+        return sorted(meta.captions[0] for meta in metas if meta.source == "3.png")
+
+    assert captions() == ["another caption", "picture 3"]
+    assert precompute(wider).retired == 1
+    assert captions() == ["another caption", "another caption"]
