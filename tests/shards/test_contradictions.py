@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 
 import qwen_lora.shards.writer as writer_module
 from qwen_lora.errors import ShardError
-from qwen_lora.shards.format import Fingerprint
+from qwen_lora.shards.format import Fingerprint, sample_id
+from qwen_lora.shards.merge import merge
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.record import encode_meta
 from qwen_lora.shards.verify import verify
+from qwen_lora.shards.writer import adoptable_shards
 
-from .conftest import FINGERPRINT, publish, sorted_samples, write_one, write_set
+from .conftest import FINGERPRINT, make_sample, publish, sorted_samples, write_one, write_set
 from .test_hostile_sets import changed, publish_sidecar, publish_value
 
 
@@ -164,3 +166,21 @@ def test_a_sample_that_stands_in_two_shards_is_found(tmp_path: Path) -> None:
     assert problem.startswith(f"sample {samples[2].sample_id} stands in shard-")
     with pytest.raises(ShardError, match=f"{samples[2].sample_id} stands in"):
         ShardSet.open(tmp_path)
+
+
+@pytest.mark.parametrize("forged", ["latent", "text"])
+def test_an_id_of_something_else_is_found(forged: str, tmp_path: Path) -> None:
+    """The sample id follows from them; they must follow from image, crop, caption and encoders."""
+    sample = make_sample(0)
+    latent = "f" * 64 if forged == "latent" else sample.latent_id
+    texts = ("e" * 64,) if forged == "text" else sample.text_ids
+    other = replace(
+        sample, sample_id=sample_id(latent, list(texts)), latent_id=latent, text_ids=texts
+    )
+    entry = write_one(tmp_path, [other])
+    assert adoptable_shards(tmp_path, FINGERPRINT) == []
+    publish(tmp_path, [entry])
+    (problem,) = verify(tmp_path).problems
+    assert f"the {forged} id" in problem and other.sample_id in problem
+    with pytest.raises(ShardError, match=f"the {forged} id"):
+        merge([tmp_path], tmp_path / "merged")
