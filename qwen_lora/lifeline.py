@@ -112,8 +112,13 @@ class Lifeline:
     def connect(cls, rank: int, size: int, store: Any, host: str) -> Lifeline:
         """Meet at process 0, which `host` leads to; `store` tells the port."""
         if rank != 0:
-            port, token = json.loads(store.get(_KEY))
-            line = socket.create_connection((host, port), timeout=LINK_S)
+            from torch.distributed import DistNetworkError
+
+            try:
+                port, token = json.loads(store.get(_KEY))
+                line = socket.create_connection((host, port), timeout=LINK_S)
+            except (DistNetworkError, ConnectionError) as error:  # it was there a moment ago
+                raise QwenLoraError(killed(0)["message"]) from error
             keep_alive(line)
             send(line, {"rank": rank, "token": token})
             lifeline = cls(rank, size, line)

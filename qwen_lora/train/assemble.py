@@ -36,7 +36,7 @@ from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.resume import result_settings, share_of_step
 from qwen_lora.train.run_folder import WEIGHT_HASHES
 from qwen_lora.train.sources import Sources, model_name
-from qwen_lora.train.step import SampleLosses, Stepper, wrap_for_ranks
+from qwen_lora.train.step import SampleLosses, Stepper
 from qwen_lora.train.timesteps import TimestepSampling
 from qwen_lora.train.transformer import check_transformer, choose_dtype, load_base
 from qwen_lora.train.tree import pack, unpack
@@ -187,7 +187,7 @@ def build_trainable(
     transformer.train()  # LoRA dropout; the frozen base has none of its own
     stepper = Stepper(
         ranks,
-        wrap_for_ranks(losses, ranks),
+        losses,
         [parameter for _, parameter in parameters],
         optimizer,
         scheduler,

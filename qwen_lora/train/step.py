@@ -2,7 +2,7 @@
 """One optimizer step: the gradient of the sum of sample losses over the step's number of samples.
 
 The micro-batches of a step are shared out over ranks and accumulated. A rank with nothing to do
-repeats a micro-batch with weight zero, so that DDP's collectives match. The step reads its loss and
+repeats a micro-batch with weight zero, so that all ranks do the same. The step reads its loss and
 gradient norm from the device once, after the last micro-batch; nothing else waits for the device.
 """
 
@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import QwenLoraError
 from qwen_lora.families.base import Family
 from qwen_lora.train.data import LoadedBatch
+from qwen_lora.train.gradients import SharedGradients
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
@@ -46,7 +45,7 @@ class StepResult:
 
 
 class SampleLosses(torch.nn.Module):
-    """The loss of each sample as a module, so that DDP wraps forward and loss together and the
+    """The loss of each sample as a module: what wraps it has forward and loss together, and the
     objective sees the transformer itself."""
 
     def __init__(self, transformer: torch.nn.Module, family: Family, weighting: str) -> None:
@@ -67,31 +66,6 @@ class SampleLosses(torch.nn.Module):
             weighting_scheme=self.weighting,
             family=self.family,
         )
-
-
-def wrap_for_ranks(losses: SampleLosses, ranks: Ranks) -> torch.nn.Module:
-    """Plain DDP when there are several ranks. Every rank has loaded the same weights itself and
-    made the same LoRA, so nothing is broadcast."""
-    if ranks.world == 1:
-        return losses
-    model = DistributedDataParallel(losses, init_sync=False, gradient_as_bucket_view=True)
-    # DDP reads the annotations of what it is given, so it gets a function without any.
-    model.register_comm_hook(None, lambda _, bucket: _sum_each_parameter(bucket))
-    return model
-
-
-def _sum_each_parameter(bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """Sum a bucket of gradients over the ranks, each parameter by itself.
-
-    DDP makes its buckets anew after the first step, in the order in which gradients became ready,
-    and where a number stands in a bucket decides in which order three or more ranks add it up: in
-    one piece, a resumed run would not have the bits of an unbroken one.
-    """
-    works = [
-        torch.distributed.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()
-    ]
-    done = torch.futures.collect_all([work.get_future() for work in works])
-    return done.then(lambda _: bucket.buffer())
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -122,6 +96,7 @@ class Stepper:
         self.ranks, self.model, self.parameters = ranks, model, list(parameters)
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
+        self._shared = SharedGradients(self.parameters) if ranks.world > 1 else None
 
     def run(self, step: int, work: Sequence[MicroStep], step_samples: int) -> StepResult:
         """Do step number `step` (from 0). Raises QwenLoraError on every rank, before any update,
@@ -145,34 +120,34 @@ class Stepper:
         """Forward and backward of all micro-batches; clipped gradients are left in place. Returns
         the loss and gradient norm over all ranks and this rank's sample losses."""
         device = self.ranks.device
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         sample_losses = []
         loss_sum = torch.zeros((), device=device)
-        for position, micro in enumerate(work):
-            with self._gradients_stay_local(position < len(work) - 1):
-                seed_dropout(dropout_seed(self._seed, step, micro.index), device)
-                scale = micro.weight / step_samples
-                try:
-                    losses = self.model(micro.batch.to(device))  # [B] float32
-                    self.ranks.accelerator.backward(self.scaler.scale(losses.sum() * scale))
-                except torch.OutOfMemoryError as error:
-                    raise _out_of_memory(step, micro.batch) from error
-                except Exception as error:
-                    error.add_note(f"in step {step + 1}, samples {_names(micro.batch.sample_ids)}")
-                    raise
+        for micro in work:
+            seed_dropout(dropout_seed(self._seed, step, micro.index), device)
+            try:
+                losses = self.model(micro.batch.to(device))  # [B] float32
+                scaled = self.scaler.scale(losses.sum() * (micro.weight / step_samples))
+                self.ranks.accelerator.backward(scaled)
+            except torch.OutOfMemoryError as error:
+                raise _out_of_memory(step, micro.batch) from error
+            except Exception as error:
+                error.add_note(f"in step {step + 1}, samples {_names(micro.batch.sample_ids)}")
+                raise
             sample_losses.append(losses.detach())
             loss_sum += losses.detach().sum() * micro.weight
+        if self._shared is not None:
+            loss_sum = self._shared.sum(loss_sum)
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        if self.ranks.world > 1:
-            torch.distributed.all_reduce(loss_sum)
         loss, norm = torch.stack([loss_sum / step_samples, grad_norm]).tolist()
         return loss, norm, sample_losses
 
-    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
-        if local and isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return nullcontext()
+    def _clear_gradients(self) -> None:
+        if self._shared is not None:
+            self._shared.clear()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self) -> torch.Tensor:
         if self._max_norm > 0:
