@@ -1,8 +1,10 @@
 # Set-up in one command: `make demo` or `make test` make .venv on first use.
 #   PYTHON=python3.12   another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL     where to take torch from (a CPU or ROCm build)
+#   WORKERS=4           processes that `make test` runs the test files in
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -42,7 +44,7 @@ demo: $(VENV)/installed
 	@$(BIN)/qwen-lora demo --output demo
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile
 
 test-faults: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -m slow

@@ -10,6 +10,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     seed = config.getoption("--fault-seed")
-    config.stash[FAULT_SEED] = random.randrange(1 << 32) if seed is None else seed
+    of_session = getattr(config, "workerinput", {}).get("fault_seed")  # with --numprocesses
+    if seed is None:
+        seed = random.randrange(1 << 32) if of_session is None else of_session
+    config.stash[FAULT_SEED] = seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Every worker of a session draws the same."""
+    node.workerinput["fault_seed"] = node.config.stash[FAULT_SEED]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
