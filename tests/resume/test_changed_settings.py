@@ -54,7 +54,7 @@ SAID = {
 NOT_TRIED = {
     "max_train_steps": "a run may be made longer: test_train_run.py",
     "num_processes": "needs several processes: test_ranks.py",
-    "report_to": "a tracker has to be installed: test_train_run.py",
+    "report_to": "a tracker has to be installed: test_run_faults.py",
     f"{SECTION}.img_size": "the shards say what it was, and contradicting them is refused: below",
 }
 
