@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class S3Server:
         self.requests: list[str] = []  # method and path, as they came
         self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self._lock = threading.Lock()
+        self._at_work = 0
 
     def __enter__(self) -> S3Server:
         self._moto.start()
@@ -86,6 +88,25 @@ class S3Server:
         with self._lock:
             self.requests.append(request)
             return self.faults.popleft() if self.faults else None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While a request is dealt with."""
+        with self._lock:
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work -= 1
+
+    def settle(self) -> None:
+        """Wait for the requests of a client that is gone: the store may still carry them out."""
+        quiet = 0
+        while quiet < 5:
+            time.sleep(0.02)
+            with self._lock:
+                quiet = 0 if self._at_work else quiet + 1
 
     # ---- the store itself, past proxy and client -------------------------------------------------
 
@@ -152,6 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
     owner: S3Server
 
     def handle_any(self) -> None:
+        with self.owner.working():
+            self._deal_with_it()
+
+    def _deal_with_it(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.owner.next_fault(f"{self.command} {self.path}") or Fault("none")
         if fault.act is not None:

@@ -97,6 +97,7 @@ def kill_at_request(far: Far, number: int, state: Path, prefix: str, parts: bool
         assert end.code == 0, end.log
         return False
     assert end.code == -9, what
+    far.s3.settle()
     left = far.s3.objects(prefix)
     assert left.items() <= far.unbroken.items(), f"{what}: an object is not whole"
     if "manifest.json" in left:
