@@ -86,6 +86,33 @@ class TrainSettings(Section):
         changes="nothing",
     )
 
+    recompute: str = setting(
+        "full",
+        "What gradient_checkpointing computes anew: full (each block), selective (all but matrix "
+        "products and attention), or a number of blocks.",
+        command="train",
+        changes="nothing",
+    )
+    own_forward: bool = setting(
+        True,
+        "This trainer's own forward pass; false: diffusers'. The same up to rounding.",
+        command="train",
+        changes="nothing",
+    )
+    compile: bool = setting(
+        False,
+        "torch.compile of the transformer's blocks. The same up to rounding.",
+        command="train",
+        changes="nothing",
+    )
+    modulation_table: bool = setting(
+        True,
+        "In bf16, replace a third of the weights, which depend on the noise level alone, by a "
+        "table on disk (5.7 GB for Qwen-Image, made once). The same up to rounding.",
+        command="train",
+        changes="nothing",
+    )
+
     # -- train: LoRA ---------------------------------------------------------------------------
     rank: int = setting(16, "LoRA rank.", command="train", changes="result", ge=1)
     lora_alpha: float | None = setting(
@@ -293,6 +320,13 @@ class TrainSettings(Section):
         if value in OPTIMIZERS or "." in value.strip("."):
             return value
         raise ValueError(f"must be {', '.join(OPTIMIZERS)} or module.Class, not {value!r}")
+
+    @field_validator("recompute")
+    @classmethod
+    def _known_recompute(cls, value: str) -> str:
+        if value in ("selective", "full") or value.isdecimal():
+            return value
+        raise ValueError("must be full, selective or a number of blocks")
 
     @field_validator("preview_size")
     @classmethod

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from qwen_lora.models import ModelFolder
@@ -42,6 +44,42 @@ class EncodedLatents:
 class TokenCount:
     tokens: int  # kept by the encoder: what prompt_embeds will have as T
     truncated: int  # tokens cut off the end of the caption
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes anew instead of keeping it: nothing, all but the results of
+    matrix products and attention (selective), or whole blocks (some: `blocks` of them, spread
+    evenly; full)."""
+
+    kind: Literal["none", "selective", "some", "full"] = "full"
+    blocks: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Recompute:
+        """none, selective, full, or the number of blocks. Raises ValueError."""
+        if text.isdecimal():
+            return cls("some", int(text))
+        if text in ("none", "selective", "full"):
+            return cls(text)  # type: ignore[arg-type]
+        raise ValueError("must be none, selective, full or a number of blocks")
+
+    def applies_to(self, index: int, of: int) -> bool:
+        if self.kind == "some":
+            return (index + 1) * self.blocks // of > index * self.blocks // of
+        return self.kind != "none"
+
+    def __str__(self) -> str:
+        return f"{self.blocks} blocks" if self.kind == "some" else self.kind
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How a transformer with its LoRA runs in training. None changes the mathematics."""
+
+    own: bool = True  # this project's forward pass; False: diffusers'
+    recompute: Recompute = Recompute()
+    compiled: bool = False  # torch.compile, once for all blocks
 
 
 class PromptTokenizer(Protocol):
@@ -126,9 +164,22 @@ class Family(Protocol):
         device: torch.device,
         dtype: torch.dtype,
         base_precision: str = "bf16",
+        modulation_table: Path | None = None,
     ) -> torch.nn.Module:
         """The frozen transformer in eval mode. base_precision int8 or nf4 replaces the block
-        Linears with bitsandbytes' while loading; any other value leaves `dtype`."""
+        Linears with bitsandbytes' while loading; any other value leaves `dtype`. With a file that
+        `make_modulation_table` made, the weights that it stands for are not loaded."""
+        ...
+
+    def make_modulation_table(
+        self, model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Write what the time-dependent layers give at every noise level that a run in `dtype` can
+        draw into the empty file `path`. Raises InputError for a dtype with too many."""
+        ...
+
+    def prepare_training(self, transformer: torch.nn.Module, options: ForwardOptions) -> None:
+        """Choose how `velocity` runs a transformer that has its LoRA."""
         ...
 
     def velocity(
@@ -141,7 +192,8 @@ class Family(Protocol):
     ) -> torch.Tensor:
         """Predicted velocity for noised latents.
 
-        latents: [B, C, h, w] float32; sigmas: [B] float32, already rounded to the compute dtype;
+        latents: [B, C, h, w] float32; sigmas: [B] float32, already rounded to the compute dtype, on
+        the CPU or with the latents;
         prompt_embeds: B tensors [T_i, D]; prompt_masks: B tensors [T_i] bool.
         Returns [B, C, h, w] float32. No attention mask is built when all T_i are equal and true.
         """

@@ -38,7 +38,13 @@ from qwen_lora.train.run_folder import WEIGHT_HASHES
 from qwen_lora.train.sources import Sources, model_name
 from qwen_lora.train.step import SampleLosses, Stepper
 from qwen_lora.train.timesteps import TimestepSampling
-from qwen_lora.train.transformer import check_transformer, choose_dtype, load_base
+from qwen_lora.train.transformer import (
+    check_transformer,
+    choose_dtype,
+    forward_options,
+    load_base,
+    modulation_table,
+)
 from qwen_lora.train.tree import pack, unpack
 from qwen_lora.train.validation import (
     FIXED_TRAIN_IMAGES,
@@ -165,13 +171,23 @@ def _content(model: ModelFolder, component: str) -> dict[str, Any]:
 
 
 def build_trainable(
-    ranks: Ranks, settings: Settings, model: ModelFolder, resumed: Checkpoint | None
+    ranks: Ranks,
+    settings: Settings,
+    model: ModelFolder,
+    base_fingerprint: str,
+    resumed: Checkpoint | None,
 ) -> Trainable:
     """Load the base, add the LoRA, make the optimizer and schedule; put a checkpoint's state in."""
     ranks.everywhere(lambda: _check_optimizer(settings, ranks.device))
-    transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device))
+
+    def find_table() -> Path | None:
+        return modulation_table(model, settings, ranks.device, base_fingerprint)
+
+    ranks.on_main(lambda: bool(find_table()))
+    transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device, find_table()))
     spec = LoraSpec.from_settings(settings)
     parameters = add_lora(transformer, spec, model.family, settings.seed)
+    model.family.prepare_training(transformer, forward_options(settings))
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")

@@ -56,9 +56,11 @@ class LoadedBatch:
         return len(self.sample_ids)
 
     def to(self, device: torch.device | str) -> LoadedBatch:
-        """On another device; without waiting when the batch is pinned. Masks stay on the host,
-        where asking whether anything is padded does not wait for the device either."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On another device; without waiting when the batch is pinned. Masks and sigmas stay on the
+        host: asking whether anything is padded, or for a noise level's row of a table, does not
+        wait for the device."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, sigmas=self.sigmas)
 
     def pin_memory(self) -> LoadedBatch:
         return self._map(lambda tensor: tensor.pin_memory())

@@ -35,7 +35,7 @@ def flow_matching_loss(
     transformer: the model with or without LoRA, plain, compiled or wrapped by DDP;
     latents: [B, C, h, w] float32, normalised; noise: the same shape, standard normal;
     prompt_embeds: B tensors [T_i, D]; prompt_masks: B tensors [T_i] bool, True for real tokens;
-    sigmas: [B] in (0, 1], rounded here to the transformer's compute dtype;
+    sigmas: [B] in (0, 1] on any device, rounded here to the transformer's compute dtype;
     weighting_scheme: none, sigma_sqrt or cosmap; family: inferred from the transformer's class.
 
     Returns [B] float32: mean squared error of the velocity over C, h and w, times the weight.
@@ -46,10 +46,11 @@ def flow_matching_loss(
     _check_shapes(latents, prompt_embeds, prompt_masks, noise, sigmas)
     if family is None:
         family = family_by_class(type(unwrap(transformer)).__name__)
-    sigmas = round_to(sigmas.to(latents.device), compute_dtype(transformer))  # [B] float32
-    weight = loss_weight(sigmas, weighting_scheme)  # [B]
+    sigmas = round_to(sigmas, compute_dtype(transformer))  # [B] float32, where they were
+    there = sigmas.to(latents.device, non_blocking=True)
+    weight = loss_weight(there, weighting_scheme)  # [B]
     latents, noise = latents.float(), noise.float()
-    level = sigmas.view(-1, 1, 1, 1)
+    level = there.view(-1, 1, 1, 1)
     noised = (1 - level) * latents + level * noise  # [B, C, h, w] float32
     velocity = family.velocity(transformer, noised, sigmas, prompt_embeds, prompt_masks)
     error = velocity.float() - (noise - latents)

@@ -77,7 +77,7 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                     return done
             drawn = settle_previews(ranks, settings, sources, plan, model.family)
             ranks.on_main(lambda: run.write_settings(settings))
-            trainable = assemble.build_trainable(ranks, settings, model, found)
+            trainable = assemble.build_trainable(ranks, settings, model, facts.base_model, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
             job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)
             state = _loop(job, drawn)

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
 
 import torch
 
+from qwen_lora.cache_folder import cache_folder
 from qwen_lora.config.schema import Settings
-from qwen_lora.errors import InputError
+from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder
+from qwen_lora.posix import make_folder, publish_file, temporary_file
 from qwen_lora.shards.format import Manifest
 
+TABLE_FORMAT = 1  # of the modulation table
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,8 +59,11 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def load_base(model: ModelFolder, settings: Settings, device: torch.device) -> torch.nn.Module:
-    """The frozen transformer on `device`, in the compute type or quantised, in eval mode.
+def load_base(
+    model: ModelFolder, settings: Settings, device: torch.device, table: Path | None = None
+) -> torch.nn.Module:
+    """The frozen transformer on `device`, in the compute type or quantised, in eval mode. table:
+    what `modulation_table` returned.
 
     Nothing else of the model is opened. Raises InputError for files that do not fit the config.
     """
@@ -65,12 +74,51 @@ def load_base(model: ModelFolder, settings: Settings, device: torch.device) -> t
             "card that has it",
             file=sys.stderr,
         )
-    transformer: Any = model.family.load_transformer(
-        model, device=device, dtype=dtype, base_precision=settings.base_precision
+    return model.family.load_transformer(
+        model,
+        device=device,
+        dtype=dtype,
+        base_precision=settings.base_precision,
+        modulation_table=table,
     )
-    if settings.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return cast(torch.nn.Module, transformer)
+
+
+def forward_options(settings: Settings) -> ForwardOptions:
+    """How the transformer is to run."""
+    recompute = settings.recompute if settings.gradient_checkpointing else "none"
+    return ForwardOptions(
+        own=settings.own_forward, recompute=Recompute.parse(recompute), compiled=settings.compile
+    )
+
+
+def modulation_table(
+    model: ModelFolder, settings: Settings, device: torch.device, base_fingerprint: str
+) -> Path | None:
+    """The table of this base model, made if this machine has none yet; None where none is used.
+
+    Runs and processes share it; call it on one process first. Raises QwenLoraError when it cannot
+    be written.
+    """
+    dtype = choose_dtype(settings, device)
+    if not (settings.modulation_table and settings.own_forward) or dtype != torch.bfloat16:
+        return None
+    key = hash_json([TABLE_FORMAT, base_fingerprint, str(dtype), device.type, torch.__version__])
+    folder = cache_folder("modulation")
+    path = folder / f"{key[:16]}.safetensors"
+    if path.exists():
+        return path
+    try:
+        make_folder(folder)
+        with temporary_file(folder, path.name) as (file, temporary):
+            model.family.make_modulation_table(model, temporary, device=device, dtype=dtype)
+            os.fsync(file.fileno())
+            publish_file(temporary, path)
+    except OSError as error:
+        raise QwenLoraError(
+            f"cannot write the modulation table {path}: {error.strerror or error}; free some "
+            "space, name another folder in QWEN_LORA_CACHE, or set modulation_table: false"
+        ) from error
+    return path
 
 
 def _is_main_process() -> bool:

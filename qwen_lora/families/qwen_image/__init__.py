@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 from qwen_lora.families.qwen_image import constants, facts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
-    from qwen_lora.families.base import LatentDecoder, LatentEncoder, PromptEncoder, PromptTokenizer
+    from qwen_lora.families.base import (
+        ForwardOptions,
+        LatentDecoder,
+        LatentEncoder,
+        PromptEncoder,
+        PromptTokenizer,
+    )
     from qwen_lora.models import ModelFolder
 
 
@@ -72,10 +80,29 @@ class QwenImage:
         device: torch.device,
         dtype: torch.dtype,
         base_precision: str = "bf16",
+        modulation_table: Path | None = None,
     ) -> torch.nn.Module:
         from qwen_lora.families.qwen_image.transformer import load_transformer
 
-        return load_transformer(model, device=device, dtype=dtype, base_precision=base_precision)
+        return load_transformer(
+            model,
+            device=device,
+            dtype=dtype,
+            base_precision=base_precision,
+            modulation_table=modulation_table,
+        )
+
+    def make_modulation_table(
+        self, model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        from qwen_lora.families.qwen_image.transformer import make_modulation_table
+
+        make_modulation_table(model, path, device=device, dtype=dtype)
+
+    def prepare_training(self, transformer: torch.nn.Module, options: ForwardOptions) -> None:
+        from qwen_lora.families.qwen_image.transformer import prepare_training
+
+        prepare_training(transformer, options)
 
     def velocity(
         self,

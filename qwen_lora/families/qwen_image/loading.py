@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,17 +81,43 @@ def load_weights(
     module.eval().requires_grad_(False)
 
 
+@contextmanager
+def open_weights(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads one weight of a component by its key. It raises InputError for a weight
+    that is not there."""
+    with ExitStack() as stack:
+        file_of: dict[str, Any] = {}
+        for path in weight_files(folder):
+            with _reading(path):
+                file = stack.enter_context(safe_open(str(path), framework="pt"))
+                file_of |= dict.fromkeys(file.keys(), (path, file))
+
+        def read(key: str) -> torch.Tensor:
+            if key not in file_of:
+                raise InputError(f"{folder} lacks the weight {key!r}")
+            path, file = file_of[key]
+            with _reading(path):
+                return cast(torch.Tensor, file.get_tensor(key))
+
+        yield read
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}); download the model again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """Every key with a function that reads it, to be called before the next step."""
     for path in weight_files(folder):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for key in file.keys():
-                    yield key, partial(file.get_tensor, key)
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged ({error}); download the model again") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+        with _reading(path), safe_open(str(path), framework="pt") as file:
+            for key in file.keys():
+                yield key, partial(file.get_tensor, key)
 
 
 def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

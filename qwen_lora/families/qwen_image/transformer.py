@@ -9,15 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from qwen_lora.errors import InputError
+from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.modules import compute_dtype, unwrap
 from qwen_lora.families.qwen_image.constants import PATCH
-from qwen_lora.families.qwen_image.loading import empty_module, load_weights, quantize_linears
+from qwen_lora.families.qwen_image.forward import OwnForward, is_supported, predict
+from qwen_lora.families.qwen_image.loading import (
+    empty_module,
+    load_weights,
+    open_weights,
+    quantize_linears,
+)
+from qwen_lora.families.qwen_image.modulation import (
+    LAYERS,
+    ModulationTable,
+    TabledLinear,
+    bf16_levels,
+    write_table,
+)
 from qwen_lora.models import ModelFolder
+from qwen_lora.progress import Progress
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 ATTENTION_TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -39,9 +55,39 @@ DEAD_IN_LAST_BLOCK = (
 
 
 def load_transformer(
-    model: ModelFolder, *, device: torch.device, dtype: torch.dtype, base_precision: str
+    model: ModelFolder,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    base_precision: str,
+    modulation_table: Path | None = None,
 ) -> torch.nn.Module:
     """See `families.base.Family.load_transformer`."""
+    transformer = _empty_transformer(model)
+    table = ModulationTable(modulation_table) if modulation_table else None
+    if table is not None:
+        for block in transformer.transformer_blocks:
+            for name in LAYERS:
+                parent, _, leaf = name.rpartition(".")
+                owner = block.get_submodule(parent)
+                setattr(owner, leaf, TabledLinear(owner.get_submodule(leaf), device, dtype))
+        transformer.modulation_table = table
+    if base_precision in ("int8", "nf4"):
+        quantize_linears(transformer.get_submodule("transformer_blocks"), base_precision, dtype)
+        # PEFT chooses its layers by these.
+        transformer.is_loaded_in_8bit = base_precision == "int8"
+        transformer.is_loaded_in_4bit = base_precision == "nf4"
+
+    def name_of(key: str) -> str | None:
+        tabled = table is not None and key.rpartition(".")[0].endswith(LAYERS)
+        return None if tabled else key
+
+    folder = model.component("transformer")
+    load_weights(transformer, folder, device=device, dtype=dtype, rename=name_of)
+    return cast(torch.nn.Module, transformer)
+
+
+def _empty_transformer(model: ModelFolder) -> Any:
     from diffusers import QwenImageTransformer2DModel
 
     config = {
@@ -49,14 +95,51 @@ def load_transformer(
         for key, value in model.config("transformer").items()
         if not key.startswith("_") and key != "quantization_config"
     }
-    transformer = empty_module(lambda: QwenImageTransformer2DModel(**config))
-    if base_precision in ("int8", "nf4"):
-        quantize_linears(transformer.get_submodule("transformer_blocks"), base_precision, dtype)
-        # PEFT chooses its layers by these.
-        transformer.is_loaded_in_8bit = base_precision == "int8"  # type: ignore[assignment]
-        transformer.is_loaded_in_4bit = base_precision == "nf4"  # type: ignore[assignment]
-    load_weights(transformer, model.component("transformer"), device=device, dtype=dtype)
-    return transformer
+    return empty_module(lambda: QwenImageTransformer2DModel(**config))
+
+
+def make_modulation_table(
+    model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """See `families.base.Family.make_modulation_table`."""
+    if dtype != torch.bfloat16:
+        raise InputError(f"a table of modulation is for bfloat16, not for {dtype}")
+    transformer = _empty_transformer(model)
+    blocks = len(transformer.transformer_blocks)
+    with open_weights(model.component("transformer")) as read:
+
+        def weight(name: str) -> torch.Tensor:
+            return read(name).to(device, dtype)
+
+        time = transformer.time_text_embed
+        for name, _ in list(time.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            value = torch.nn.Parameter(weight(f"time_text_embed.{name}"), requires_grad=False)
+            time.get_submodule(owner)._parameters[leaf] = value
+        like = torch.empty(0, device=device, dtype=dtype)
+
+        def layer(block: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            key = f"transformer_blocks.{block}.{name}"
+            return weight(f"{key}.weight"), weight(f"{key}.bias")
+
+        with torch.no_grad(), Progress("modulation table", blocks, "block") as progress:
+            write_table(
+                path,
+                bf16_levels(),
+                lambda level: time(level.to(device, dtype), like),
+                layer,
+                blocks,
+                lambda _: progress.update(),
+            )
+
+
+def prepare_training(transformer: torch.nn.Module, options: ForwardOptions) -> None:
+    """See `families.base.Family.prepare_training`."""
+    model: Any = unwrap(transformer)
+    if options.own and is_supported(model):
+        model.own_forward = OwnForward(model, options)
+    elif options.recompute.kind != "none":
+        model.enable_gradient_checkpointing()
 
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -87,6 +170,15 @@ def velocity(
     _check_shapes(transformer, latents, sigmas, prompt_embeds, prompt_masks)
     batch, _, height, width = latents.shape
     dtype = compute_dtype(transformer)
+    if hasattr(unwrap(transformer), "own_forward"):
+        texts = [
+            (embeds if bool(mask.all()) else embeds[mask]).to(latents.device, dtype)
+            for embeds, mask in zip(prompt_embeds, prompt_masks, strict=True)
+        ]
+        tokens, grid = pack(latents).to(dtype), (height // PATCH, width // PATCH)
+        return unpack(
+            predict(unwrap(transformer), tokens, sigmas, texts, grid).float(), height, width
+        )
     embeds, mask = join_prompts(prompt_embeds, prompt_masks)
     prediction = transformer(
         hidden_states=pack(latents).to(dtype),

@@ -1,0 +1,57 @@
+# ruff: noqa: TID253
+"""Linear layers with PEFT's LoRA on them, computed together when they share their input.
+
+PEFT's layers stay what they are: they hold the weights and name them. Their forward costs seven
+operators a layer; here q, k and v share one thin product with all their A, and the base's product
+adds to the LoRA's. With LoRA dropout, or on a quantised base, PEFT's own forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+
+ADAPTER = "default"
+
+
+def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
+    """What each of `layers` (Linears, with or without LoRA) makes of x [., ., in]."""
+    adapted = [layer for layer in layers if _is_plain_lora(layer)]
+    if not adapted:
+        return [layer(x) for layer in layers]
+    flat = x.flatten(0, -2)  # [tokens, in]
+    downs = [layer.lora_A[ADAPTER].weight for layer in adapted]  # [r, in] float32 each
+    joined = downs[0] if len(downs) == 1 else torch.cat(downs)
+    small = F.linear(flat, joined.to(x.dtype))  # [tokens, sum of r]
+    parts = iter(torch.split(small, [down.shape[0] for down in downs], dim=1))
+    outputs = []
+    for layer in layers:
+        if not _is_plain_lora(layer):
+            outputs.append(layer(x))
+            continue
+        base, up = layer.base_layer, layer.lora_B[ADAPTER].weight.to(x.dtype)
+        scaling = layer.scaling[ADAPTER]
+        if base.bias is None:
+            delta = F.linear(next(parts), up) * scaling
+        else:
+            delta = torch.addmm(base.bias, next(parts), up.t(), alpha=scaling)
+        out = torch.addmm(delta, flat, base.weight.t())  # [tokens, out]
+        outputs.append(torch.unflatten(out, 0, x.shape[:-1]))
+    return outputs
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """A LoRA without dropout on a Linear of floating-point weights, switched on and not merged."""
+    if not isinstance(layer, LoraLayer):
+        return False
+    dropout = layer.lora_dropout[ADAPTER]
+    return (
+        type(layer.get_base_layer()) is torch.nn.Linear
+        and not layer.merged
+        and not layer.disable_adapters
+        and not (layer.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0)
+    )

@@ -1,0 +1,137 @@
+# ruff: noqa: TID253
+"""The transformer's forward pass for training, on the modules of diffusers' own model.
+
+Same numbers as `QwenImageTransformer2DModel.forward` on text-to-image inputs, with three
+differences: modulation may come from a table (modulation.py), the last block leaves out what only
+its text output needs, and prompts of different lengths are neither padded nor masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from qwen_lora.families.base import ForwardOptions
+from qwen_lora.families.qwen_image.adapted import ADAPTER
+from qwen_lora.families.qwen_image.blocks import Pair, Rotations, TextLengths, run_block
+from qwen_lora.families.qwen_image.modulation import modulation_rows
+
+Block = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class OwnForward:
+    """How `predict` runs a transformer; kept as `transformer.own_forward`."""
+
+    def __init__(self, transformer: Any, options: ForwardOptions) -> None:
+        self.recompute = options.recompute
+        self.compiled = options.compiled
+        self.run_block: Block = _compiled(run_block) if options.compiled else run_block
+        loras = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+        self.lora_ranks = {layer.r[ADAPTER] for layer in loras}
+        self.draws = any(
+            isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
+            for layer in loras
+            for dropout in layer.lora_dropout.values()
+        )
+
+
+def is_supported(transformer: Any) -> bool:
+    """Whether the model is one that `predict` knows: no extra time condition, no guidance."""
+    config = transformer.config
+    return not (config.get("use_additional_t_cond") or config.get("guidance_embeds"))
+
+
+def _compiled(function: Block) -> Block:
+    # One graph for all blocks, whose weights are its inputs. The number of text tokens differs
+    # from caption to caption: it is a symbol in the graph, the bucket's image tokens are not.
+    return torch.compile(function)
+
+
+def predict(
+    transformer: Any,
+    tokens: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompts: Sequence[torch.Tensor],
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """tokens: [B, n, C] in the compute dtype; sigmas: [B], on the CPU where there is a table;
+    prompts: B tensors [T_i, W], real tokens only; grid: (height, width) in tokens.
+    Returns the predicted velocity, [B, n, C]."""
+    how: OwnForward = transformer.own_forward
+    lengths = TextLengths(tuple(len(prompt) for prompt in prompts))
+    image = transformer.img_in(tokens)  # [B, n, D]
+    text = transformer.txt_in(transformer.txt_norm(lengths.join(prompts)))
+    time = transformer.time_text_embed(sigmas.to(image.device, image.dtype), image)  # [B, D]
+    rows = modulation_rows(transformer, sigmas, time)
+    rotations = _rotations(transformer, grid, lengths, real=how.compiled)
+    last = len(transformer.transformer_blocks) - 1
+    for index, block in enumerate(transformer.transformer_blocks):
+        run = how.run_block
+        if torch.is_grad_enabled() and how.recompute.applies_to(index, last + 1):
+            run = _recomputed(how)
+        image_rows, text_rows = rows(index)
+        image, text = run(
+            block, image, text, image_rows, text_rows, rotations, lengths, index == last
+        )
+    return transformer.proj_out(transformer.norm_out(image, time))  # type: ignore[no-any-return]
+
+
+def _recomputed(how: OwnForward) -> Block:
+    context: dict[str, Any] = {}
+    if how.recompute.kind == "selective":
+        context["context_fn"] = partial(
+            create_selective_checkpoint_contexts, _keep_products(how.lora_ranks)
+        )
+    return partial(
+        checkpoint, how.run_block, use_reentrant=False, preserve_rng_state=how.draws, **context
+    )
+
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_products(lora_ranks: Collection[int]) -> Callable[..., CheckpointPolicy]:
+    """Keep what matrix products and attention give, compute the rest anew. A LoRA's own product is
+    a thin one (its contraction is the rank) that another product is added to: not kept."""
+
+    def choose(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+        if operator not in _KEPT:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        if operator is torch.ops.aten.addmm.default and args[1].shape[1] in lora_ranks:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE
+
+    return choose
+
+
+def _rotations(
+    transformer: Any, grid: tuple[int, int], lengths: TextLengths, *, real: bool
+) -> Rotations:
+    device = transformer.img_in.weight.device
+    image, text = transformer.pos_embed(
+        [[(1, *grid)]], max_txt_seq_len=max(lengths.each), device=device
+    )  # complex [n, d / 2], [longest, d / 2]
+    if not lengths.equal:
+        text = torch.cat([text[:count] for count in lengths.each])
+    image, text = image[:, None], text[:, None]
+    return Rotations(_parts(image), _parts(text)) if real else Rotations(image, text)
+
+
+def _parts(numbers: torch.Tensor) -> Pair:
+    return numbers.real.contiguous(), numbers.imag.contiguous()
