@@ -40,11 +40,13 @@ def predict(model: ModelFolder, transformer: Any) -> torch.Tensor:
     )
 
 
-def lora_model(folder: Path, *, seed: int = 0, **changes: Any) -> LoraModel:
-    """The model with a LoRA; keywords are settings."""
+def lora_model(
+    folder: Path, *, seed: int = 0, table: Path | None = None, **changes: Any
+) -> LoraModel:
+    """The model with a LoRA; other keywords are settings."""
     settings = Settings(**{"rank": 4, "gradient_checkpointing": False, **changes})
     model = resolve_model(str(folder), ("transformer", "scheduler"))
-    transformer = load_base(model, settings, CPU)
+    transformer = load_base(model, settings, CPU, table)
     spec = LoraSpec.from_settings(settings)
     return LoraModel(model, transformer, spec, add_lora(transformer, spec, model.family, seed))
 
