@@ -190,3 +190,41 @@ def test_fewer_operators_than_diffusers(tiny_model: Path) -> None:
         return counted.number
 
     assert count(True) < 0.85 * count(False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
+def test_compiled_shapes_make_few_graphs(tiny_model: Path) -> None:
+    """Buckets, batch sizes and text lengths of all kinds: the numbers of the eager path, and no
+    graph for each of them."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = made(tiny_model, True), made(tiny_model, True)
+    options = ForwardOptions(recompute=Recompute("none"), compiled=True)
+    compiled.model.family.prepare_training(compiled.transformer, options)
+    random = torch.Generator().manual_seed(1)
+    cases = [
+        (size, [length] * batch)
+        for size in ((4, 6), (6, 4), (8, 8), (2, 10), (10, 4))
+        for batch, length in ((1, 3), (1, 17), (2, 9), (3, 5))
+    ]
+    for (height, width), lengths in [*cases, ((4, 6), [3, 8])]:
+        batch = len(lengths)
+        inputs = (
+            torch.randn(batch, 16, height, width, generator=random),
+            [torch.randn(length, TEXT_WIDTH, generator=random) for length in lengths],
+            [torch.ones(length, dtype=torch.bool) for length in lengths],
+            torch.randn(batch, 16, height, width, generator=random),
+            torch.rand(batch, generator=random),
+        )
+        found = []
+        for model in (eager, compiled):
+            values = flow_matching_loss(model.transformer, *inputs, family=model.model.family)
+            values.sum().backward()
+            found.append((values.detach(), {n: p.grad for n, p in model.parameters}))
+        check_same(found[1], found[0], 1e-5)  # type: ignore[arg-type]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print(f"{graphs} graphs for {len(cases)} shapes")
+    assert graphs <= 8

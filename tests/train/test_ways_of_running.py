@@ -3,7 +3,6 @@ forward in float32, each block recomputed or not."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +61,7 @@ def test_bf16_with_the_table_learns_the_same(run: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_compiled_learns_the_same(run: Any, precision: str, recompute: str) -> None:

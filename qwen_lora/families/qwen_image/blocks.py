@@ -31,27 +31,22 @@ class Rotations:
     text: torch.Tensor | Pair  # [T, 1, d / 2], or of all prompts one behind the other
 
 
-@dataclass(frozen=True)
-class TextLengths:
-    """How many tokens the prompts of a micro-batch have."""
+Lengths = tuple[int, ...] | None  # tokens of each prompt, or None when they are equal
 
-    each: tuple[int, ...]
 
-    @property
-    def equal(self) -> bool:
-        return len(set(self.each)) == 1
+def join_texts(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Lengths]:
+    """[T_i, D] each -> [B, T, D] and None, or [1, sum of T_i, D] and the lengths."""
+    lengths = tuple(len(prompt) for prompt in prompts)
+    if len(set(lengths)) == 1:
+        return torch.stack(list(prompts)), None
+    return torch.cat(list(prompts))[None], lengths
 
-    def join(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[T_i, D] each -> [B, T, D], or [1, sum of T_i, D]."""
-        return torch.stack(list(prompts)) if self.equal else torch.cat(list(prompts))[None]
 
-    def spread(self, rows: torch.Tensor) -> torch.Tensor:
-        """One row a sample, [B, X], for its text tokens: [B, 1, X] or [1, sum of T_i, X]."""
-        if self.equal:
-            return rows[:, None]
-        return torch.cat(
-            [row.expand(count, -1) for row, count in zip(rows, self.each, strict=True)]
-        )[None]
+def spread(rows: torch.Tensor, lengths: Lengths) -> torch.Tensor:
+    """One row a sample, [B, X], for its text tokens: [B, 1, X] or [1, sum of T_i, X]."""
+    if lengths is None:
+        return rows[:, None]
+    return torch.cat([row.expand(n, -1) for row, n in zip(rows, lengths, strict=True)])[None]
 
 
 def run_block(
@@ -61,13 +56,13 @@ def run_block(
     image_rows: torch.Tensor,
     text_rows: torch.Tensor,
     rotations: Rotations,
-    lengths: TextLengths,
+    lengths: Lengths,
     last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """image: [B, n, D]; text: as `TextLengths.join` makes it; image_rows, text_rows: [B, 6 D], what
-    the modulation layers give. Returns both streams; after the last block text is unfinished."""
+    """image: [B, n, D]; text, lengths: as `join_texts` makes them; image_rows, text_rows: [B, 6 D],
+    what the modulation layers give. Returns both; after the last block text is unfinished."""
     image_first, image_second = image_rows[:, None].chunk(2, dim=-1)  # [B, 1, 3 D]
-    text_first, text_second = lengths.spread(text_rows).chunk(2, dim=-1)
+    text_first, text_second = spread(text_rows, lengths).chunk(2, dim=-1)
     image_in, image_gate = _modulate(block.img_norm1(image), image_first)
     text_in, text_gate = _modulate(block.txt_norm1(text), text_first)
     image_out, text_out = _attend(block.attn, image_in, text_in, rotations, lengths, last)
@@ -102,7 +97,7 @@ def _attend(
     image: torch.Tensor,
     text: torch.Tensor,
     rotations: Rotations,
-    lengths: TextLengths,
+    lengths: Lengths,
     last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Joint attention, text before image as in diffusers. In the last block text is only looked
@@ -138,13 +133,13 @@ def _joint(
     text_q: torch.Tensor | None,
     text_k: torch.Tensor,
     text_v: torch.Tensor,
-    lengths: TextLengths,
+    lengths: Lengths,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scaled dot products over text and image of each sample. Returns [B, n, D] and the text's."""
-    if lengths.equal:
+    if lengths is None:
         ranges = [(slice(None), slice(None), slice(None))]
     else:
-        ends = list(accumulate(lengths.each, initial=0))
+        ends = list(accumulate(lengths, initial=0))
         ranges = [
             (slice(i, i + 1), slice(0, 1), slice(begin, end))
             for i, (begin, end) in enumerate(pairwise(ends))

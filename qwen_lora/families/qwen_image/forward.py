@@ -8,6 +8,7 @@ its text output needs, and prompts of different lengths are neither padded nor m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -20,9 +21,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from qwen_lora.cache_folder import cache_folder
 from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.qwen_image.adapted import ADAPTER
-from qwen_lora.families.qwen_image.blocks import Pair, Rotations, TextLengths, run_block
+from qwen_lora.families.qwen_image.blocks import Lengths, Pair, Rotations, join_texts, run_block
 from qwen_lora.families.qwen_image.modulation import modulation_rows
 
 Block = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -51,8 +53,14 @@ def is_supported(transformer: Any) -> bool:
 
 
 def _compiled(function: Block) -> Block:
-    # One graph for all blocks, whose weights are its inputs. The number of text tokens differs
-    # from caption to caption: it is a symbol in the graph, the bucket's image tokens are not.
+    # One graph serves all blocks, whose weights are its inputs, and all buckets and captions, whose
+    # token counts are symbols in it (see `predict`). What makes another one is listed here: the
+    # first, a middle and the last block; gradients or none; a batch of one, of two, of any number.
+    from torch import _dynamo
+
+    _dynamo.config.recompile_limit = max(18, _dynamo.config.recompile_limit)
+    # Not in the system's temporary folder: the next run finds what this one has compiled.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     return torch.compile(function)
 
 
@@ -67,17 +75,23 @@ def predict(
     prompts: B tensors [T_i, W], real tokens only; grid: (height, width) in tokens.
     Returns the predicted velocity, [B, n, C]."""
     how: OwnForward = transformer.own_forward
-    lengths = TextLengths(tuple(len(prompt) for prompt in prompts))
+    text, lengths = join_texts(prompts)
     image = transformer.img_in(tokens)  # [B, n, D]
-    text = transformer.txt_in(transformer.txt_norm(lengths.join(prompts)))
+    text = transformer.txt_in(transformer.txt_norm(text))
     time = transformer.time_text_embed(sigmas.to(image.device, image.dtype), image)  # [B, D]
     rows = modulation_rows(transformer, sigmas, time)
-    rotations = _rotations(transformer, grid, lengths, real=how.compiled)
+    # A graph would be made for each combination of lengths: those batches run without one.
+    block_of = how.run_block if lengths is None else run_block
+    rotations = _rotations(
+        transformer, grid, text.shape[1], lengths, real=block_of is not run_block
+    )
+    if block_of is not run_block:
+        _mark_token_counts(image, text, rotations)
     last = len(transformer.transformer_blocks) - 1
     for index, block in enumerate(transformer.transformer_blocks):
-        run = how.run_block
+        run = block_of
         if torch.is_grad_enabled() and how.recompute.applies_to(index, last + 1):
-            run = _recomputed(how)
+            run = _recomputed(block_of, how)
         image_rows, text_rows = rows(index)
         image, text = run(
             block, image, text, image_rows, text_rows, rotations, lengths, index == last
@@ -85,15 +99,13 @@ def predict(
     return transformer.proj_out(transformer.norm_out(image, time))  # type: ignore[no-any-return]
 
 
-def _recomputed(how: OwnForward) -> Block:
+def _recomputed(run: Block, how: OwnForward) -> Block:
     context: dict[str, Any] = {}
     if how.recompute.kind == "selective":
         context["context_fn"] = partial(
             create_selective_checkpoint_contexts, _keep_products(how.lora_ranks)
         )
-    return partial(
-        checkpoint, how.run_block, use_reentrant=False, preserve_rng_state=how.draws, **context
-    )
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=how.draws, **context)
 
 
 _KEPT = {
@@ -121,16 +133,25 @@ def _keep_products(lora_ranks: Collection[int]) -> Callable[..., CheckpointPolic
 
 
 def _rotations(
-    transformer: Any, grid: tuple[int, int], lengths: TextLengths, *, real: bool
+    transformer: Any, grid: tuple[int, int], tokens: int, lengths: Lengths, *, real: bool
 ) -> Rotations:
     device = transformer.img_in.weight.device
     image, text = transformer.pos_embed(
-        [[(1, *grid)]], max_txt_seq_len=max(lengths.each), device=device
+        [[(1, *grid)]], max_txt_seq_len=max(lengths or [tokens]), device=device
     )  # complex [n, d / 2], [longest, d / 2]
-    if not lengths.equal:
-        text = torch.cat([text[:count] for count in lengths.each])
+    if lengths is not None:
+        text = torch.cat([text[:count] for count in lengths])
     image, text = image[:, None], text[:, None]
     return Rotations(_parts(image), _parts(text)) if real else Rotations(image, text)
+
+
+def _mark_token_counts(image: torch.Tensor, text: torch.Tensor, rotations: Rotations) -> None:
+    from torch import _dynamo
+
+    for tensor, dimension in ((image, 1), (text, 1)):
+        _dynamo.maybe_mark_dynamic(tensor, dimension)
+    for tensor in (*rotations.image, *rotations.text):
+        _dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _parts(numbers: torch.Tensor) -> Pair:
