@@ -22,13 +22,17 @@ SMALLEST = {
         "--repeats",
         "1",
     ],
+    "train_step.py": [
+        *("--layers", "1", "--heads", "1", "--px", "64", "--tokens", "8", "--rank", "2"),
+        *("--steps", "1", "--warm-up", "0", "--repeats", "1", "--ways", "example", "selective"),
+    ],
     "trainer_overhead.py": ["--px", "128", "--steps", "4", "--repeats", "1"],
     "vae_encode.py": ["--px", "32", "--repeats", "1", "--base-dim", "16"],
 }
 
 
 def test_each_script_has_a_smallest_run() -> None:
-    helpers = {"common.py", "synthetic.py", "throttled.py"}
+    helpers = {"common.py", "example.py", "loops.py", "synthetic.py", "throttled.py"}
     assert {path.name for path in BENCHMARKS.glob("*.py")} - helpers == set(SMALLEST)
 
 

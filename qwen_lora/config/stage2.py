@@ -50,6 +50,14 @@ class TrainSettings(Section):
     train_batch_size: int = setting(
         1, "Samples of one forward pass on one device.", command="train", changes="result", ge=1
     )
+    batch_pixels: int = setting(
+        0,
+        "More samples of small buckets in a forward pass, as many as have this many pixels "
+        "together (1048576: four of 512 x 512); 0: train_batch_size of every bucket.",
+        command="train",
+        changes="result",
+        ge=0,
+    )
     gradient_accumulation_steps: int = setting(
         1,
         "Forward passes of one optimizer step on each device.",

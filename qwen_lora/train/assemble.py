@@ -131,6 +131,7 @@ def plan_data(
         seed=settings.seed,
         caption_dropout_rate=data.caption_dropout_rate,
         shuffle=settings.shuffle,
+        batch_pixels=settings.batch_pixels,
     )
     return DataPlan(table, gather(only_sources=few), name, rule, accumulation, held)
 

@@ -50,6 +50,12 @@ class BatchRule:
     seed: int
     caption_dropout_rate: float = 0.0
     shuffle: Literal["full", "block"] = "full"
+    batch_pixels: int = 0  # a bucket gets more samples a pass while they have no more pixels
+
+    def sizes(self, bucket: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Most samples of a forward pass in each of some buckets, [K, 2] pixels -> [K]."""
+        pixels: NDArray[np.int64] = bucket[:, 0].astype(np.int64) * bucket[:, 1]
+        return np.maximum(self.batch_pixels // pixels, self.train_batch_size)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,10 @@ def plan_epoch(table: PlanTable, rule: BatchRule, epoch: int) -> EpochPlan:
 def plan_id(table: PlanTable, rule: BatchRule) -> str:
     """sha256 (hex) of everything that a plan is made of: live sample ids with buckets, token counts
     and weights, and the batch rule. Equal ids mean equal plans of every epoch."""
-    digest = hashlib.sha256(canonical_json(asdict(rule)))
+    facts = asdict(rule)
+    if not rule.batch_pixels:
+        del facts["batch_pixels"]  # the id of runs that are older than it
+    digest = hashlib.sha256(canonical_json(facts))
     unconditional = table.unconditional_tokens[table.set_index]
     columns: list[NDArray[np.generic]] = [
         table.words,
@@ -252,12 +261,13 @@ def _cut(
     change = (bucket[1:] != bucket[:-1]).any(axis=1) | (block[1:] != block[:-1])
     starts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(change) + 1])
     samples = np.diff(starts, append=len(block))
-    batches = -(-samples // rule.train_batch_size)
-    sizes = np.full(int(batches.sum()), rule.train_batch_size, np.int64)
+    size = rule.sizes(bucket[starts])
+    batches = -(-samples // size)
+    sizes = np.repeat(size, batches)
     drawn = _bucket_hash(rule.seed, epoch, bucket[starts], Purpose.REMAINDER)
     drawn = mix64(drawn, block[starts].astype(np.uint64))
     place = np.cumsum(batches) - batches + (drawn % batches.astype(np.uint64)).astype(np.int64)
-    remainder = samples % rule.train_batch_size
+    remainder = samples % size
     sizes[place[remainder > 0]] = remainder[remainder > 0]
     return sizes
 

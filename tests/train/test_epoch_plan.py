@@ -46,6 +46,7 @@ def random_case(number: int) -> tuple[PlanTable, BatchRule]:
         seed=rng.randrange(10**6),
         caption_dropout_rate=rng.choice([0.0, 0.1, 1.0]),
         shuffle=rng.choice(["full", "block"]),
+        batch_pixels=rng.choice([0, 0, 5 * 64 * 64]),
     )
     return PlanTable.from_sets(sets, weights), rule
 
@@ -71,7 +72,8 @@ def test_every_visit_once_in_whole_steps_of_one_bucket_each(number: int) -> None
         assert all(size == rule.micro_batches_per_step for size in sizes[:-1])
         assert not sizes or 1 <= sizes[-1] <= rule.micro_batches_per_step
         for batch in all_batches(plan):
-            assert 1 <= len(batch.visits) <= rule.train_batch_size
+            most = rule.batch_pixels // (batch.bucket[0] * batch.bucket[1])
+            assert 1 <= len(batch.visits) <= max(rule.train_batch_size, most)
             for visit in batch.visits:
                 assert tuple(table.bucket[visit.row]) == batch.bucket
                 captions = table.token_offsets[visit.row + 1] - table.token_offsets[visit.row]
@@ -181,6 +183,25 @@ def test_few_micro_batches_are_small() -> None:
         assert sum(size < 4 for size in of_bucket) <= 1
 
 
+def test_small_buckets_get_more_samples_a_pass() -> None:
+    """As many as have the pixels of one large image; never fewer than train_batch_size."""
+    buckets = [(512, 512), (1024, 1024), (512, 768), (1328, 1328)]
+    samples = [
+        StandInSample(f"{k:032x}", bucket=buckets[k % 4], tokens=(20,)) for k in range(4 * 33)
+    ]
+    table = PlanTable.from_sets([make_set(samples)])
+    rule = replace(RULE, train_batch_size=1, batch_pixels=1024 * 1024)
+    sizes: dict[tuple[int, int], Counter[int]] = {}
+    for batch in all_batches(plan_epoch(table, rule, 0)):
+        sizes.setdefault(batch.bucket, Counter())[len(batch.visits)] += 1
+    assert sizes == {
+        (512, 512): {4: 8, 1: 1},
+        (512, 768): {2: 16, 1: 1},
+        (1024, 1024): {1: 33},
+        (1328, 1328): {1: 33},
+    }
+
+
 def test_epochs_differ_in_order_and_company() -> None:
     table = PlanTable.from_sets([make_set(make_samples(200))])
 
@@ -224,12 +245,13 @@ def test_the_hash_and_the_id_see_every_change() -> None:
         replace(RULE, micro_batches_per_step=4),
         replace(RULE, seed=6),
         replace(RULE, caption_dropout_rate=0.9),
+        replace(RULE, batch_pixels=10**6),
         replace(RULE, shuffle="block"),
     ]
     ids = {plan_id(table, rule) for rule in [RULE, *changed_rules]}
-    assert len(ids) == 6
-    hashes = {plan_epoch(table, rule, 0).hash for rule in [RULE, *changed_rules[:4]]}
-    assert len(hashes) == 5
+    assert len(ids) == 7
+    hashes = {plan_epoch(table, rule, 0).hash for rule in [RULE, *changed_rules[:5]]}
+    assert len(hashes) == 6
     other_tables = [
         PlanTable.from_sets([make_set(samples[1:])]),
         PlanTable.from_sets([make_set([replace(samples[0], bucket=(32, 32)), *samples[1:]])]),

@@ -51,6 +51,7 @@ def random_case(rng: random.Random, sets: list[Any]) -> Case:
             seed=rng.randrange(2**63),
             caption_dropout_rate=rng.choice([0.0, 0.1, 1.0]),
             shuffle=rng.choice(["full", "block"]),
+            batch_pixels=rng.choice([0, 0, 10_000]),
         ),
         epochs=(0, rng.randrange(1, 10), rng.randrange(10, 10**6)),
     )

@@ -1,0 +1,65 @@
+"""This project's training loop over any model, to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.families import family_by_name
+from qwen_lora.shards.reader import ShardSet
+from qwen_lora.train.checkpoint import TrainState
+from qwen_lora.train.data import BatchLoader
+from qwen_lora.train.loop import Loop, LoopParts
+from qwen_lora.train.metrics import MetricsFile
+from qwen_lora.train.plan import BatchRule, PlanTable
+from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.step import SampleLosses, Stepper
+from qwen_lora.train.timesteps import TimestepSampling
+from qwen_lora.train.trackers import Trackers
+
+
+def our_loop(
+    model: torch.nn.Module,
+    shards: ShardSet,
+    batch: int,
+    folder: Path,
+    accelerator: Accelerator,
+    sampling: TimestepSampling,
+    *,
+    read_ahead: int = 4,
+) -> Callable[[int], None]:
+    """A function that trains the given number of steps with this project's own loop."""
+    ranks = Ranks(accelerator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = SampleLosses(model, family_by_name("qwen-image"), "none")
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    settings = Settings(train_batch_size=batch, read_ahead=read_ahead, output_dir=folder)
+    rule = BatchRule(train_batch_size=batch, micro_batches_per_step=1, seed=0)
+    table = PlanTable.from_sets([shards])
+    on_gpu = accelerator.device.type == "cuda"
+    loader = BatchLoader([shards], table, rule, sampling, read_ahead=read_ahead, pin_memory=on_gpu)
+    schedule = get_scheduler("constant", optimizer)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
+    stepper = Stepper(ranks, losses, trained, optimizer, schedule, scaler, settings)
+
+    def run(steps: int) -> None:
+        metrics = MetricsFile(folder / "metrics.jsonl")
+        metrics.clear()
+        parts = LoopParts(
+            settings.model_copy(update={"max_train_steps": steps}),
+            ranks,
+            stepper,
+            loader,
+            None,
+            metrics,
+            Trackers(accelerator, settings),
+            lambda state: None,
+        )
+        Loop(parts, TrainState()).run()
+
+    return run
