@@ -113,6 +113,13 @@ class TrainSettings(Section):
         command="train",
         changes="nothing",
     )
+    attention: Literal["auto", "torch", "cudnn", "flash", "efficient"] = setting(
+        "auto",
+        "Attention kernel on a GPU; auto: the fastest of a short measurement at the run's first "
+        "start; torch: torch's own choice. The same up to rounding.",
+        command="train",
+        changes="nothing",
+    )
     modulation_table: bool = setting(
         True,
         "In bf16, replace a third of the weights, which depend on the noise level alone, by a "

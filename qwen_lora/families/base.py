@@ -230,6 +230,10 @@ class Family(Protocol):
         """The VAE's decoder, on the CPU. Only exact previews ask for it."""
         ...
 
+    def attention_shape(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """(heads, width of a head) of a transformer's config."""
+        ...
+
     def image_tokens(self, latent_size: tuple[int, int]) -> int:
         """Transformer tokens of one image, for planning."""
         ...

@@ -19,6 +19,7 @@ from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
 from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.remote.cache import GIB
+from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
@@ -144,7 +145,12 @@ def sources_of(table: PlanTable, sources: Sources) -> set[str]:
 
 
 def run_facts(
-    ranks: Ranks, settings: Settings, sources: Sources, model: ModelFolder, plan: DataPlan
+    ranks: Ranks,
+    settings: Settings,
+    sources: Sources,
+    model: ModelFolder,
+    plan: DataPlan,
+    recorded: RunFacts | None,
 ) -> RunFacts:
     """What the result depends on; compared with the checkpoint's before a run continues."""
     cache = settings.output_dir / WEIGHT_HASHES
@@ -157,7 +163,28 @@ def run_facts(
         fingerprints=sources.fingerprints,
         base_model=ranks.on_main(lambda: base_fingerprint(model, cache)),
         scheduler=_content(model, "scheduler") if settings.timestep_shift == "model" else None,
+        attention=_attention(ranks, settings, model, plan, recorded),
     )
+
+
+def _attention(
+    ranks: Ranks, settings: Settings, model: ModelFolder, plan: DataPlan, recorded: RunFacts | None
+) -> str | None:
+    """The attention kernel of the run: the recorded one, or what is fastest for its largest
+    sample."""
+    if recorded and settings.attention == "auto":
+        return recorded.attention
+    heads, width = model.family.attention_shape(model.config("transformer"))
+    height, width_px = max(plan.table.bucket.tolist(), key=lambda size: size[0] * size[1])
+    scale = model.family.latent_scale
+    tokens = model.family.image_tokens((height // scale, width_px // scale))
+    tokens += int(plan.table.token_counts.max(initial=0))
+    dtype = choose_dtype(settings, ranks.device)
+    measure = measure_on(ranks.device, dtype, (1, heads, tokens, width))
+    chosen: str | None = ranks.on_main(
+        lambda: choose_attention(settings.attention, ranks.device, measure)
+    )
+    return chosen
 
 
 def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
@@ -175,14 +202,15 @@ def build_trainable(
     ranks: Ranks,
     settings: Settings,
     model: ModelFolder,
-    base_fingerprint: str,
+    facts: RunFacts,
     resumed: Checkpoint | None,
 ) -> Trainable:
     """Load the base, add the LoRA, make the optimizer and schedule; put a checkpoint's state in."""
     ranks.everywhere(lambda: _check_optimizer(settings, ranks.device))
+    use_attention(facts.attention)
 
     def find_table() -> Path | None:
-        return modulation_table(model, settings, ranks.device, base_fingerprint)
+        return modulation_table(model, settings, ranks.device, facts.base_model)
 
     ranks.on_main(lambda: bool(find_table()))
     transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device, find_table()))

@@ -49,6 +49,7 @@ class RunFacts:
     fingerprints: tuple[str, ...]  # fingerprint hash of each shard set
     base_model: str  # hash over the transformer's config and weight files
     scheduler: dict[str, Any] | None = None  # its config, where timestep_shift: model follows it
+    attention: str | None = None  # the GPU kernel in use; not compared, a resume takes it over
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
         with open_sources(ranks, settings, pinned) as sources:
             model = assemble.find_model(ranks, settings, sources.manifests)
             plan = assemble.plan_data(ranks, settings, sources, recorded)
-            facts = assemble.run_facts(ranks, settings, sources, model, plan)
+            facts = assemble.run_facts(ranks, settings, sources, model, plan, recorded)
             ranks.check_equal(facts.plan_id, "the plan of the samples")
             if found:
                 check_resume(run.path, found.facts, facts, settings, found.state.step)
@@ -77,7 +77,7 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                     return done
             drawn = settle_previews(ranks, settings, sources, plan, model.family)
             ranks.on_main(lambda: run.write_settings(settings))
-            trainable = assemble.build_trainable(ranks, settings, model, facts.base_model, found)
+            trainable = assemble.build_trainable(ranks, settings, model, facts, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
             job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)
             state = _loop(job, drawn)

@@ -150,6 +150,9 @@ class QwenImage:
         facts.vae_facts(model.config("vae"))  # a VAE of another shape is refused before loading
         return QwenLatentDecoder(model, dtype)
 
+    def attention_shape(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
+
     def image_tokens(self, latent_size: tuple[int, int]) -> int:
         return (latent_size[0] // constants.PATCH) * (latent_size[1] // constants.PATCH)
 
