@@ -105,27 +105,27 @@ class TrainSettings(Section):
         True,
         "This trainer's own forward pass; false: diffusers'. The same up to rounding.",
         command="train",
-        changes="nothing",
+        changes="result",
     )
     compile: bool = setting(
         False,
         "torch.compile of the transformer's blocks. The same up to rounding.",
         command="train",
-        changes="nothing",
+        changes="result",
     )
     attention: Literal["auto", "torch", "cudnn", "flash", "efficient"] = setting(
         "auto",
         "Attention kernel on a GPU; auto: the fastest of a short measurement at the run's first "
         "start; torch: torch's own choice. The same up to rounding.",
         command="train",
-        changes="nothing",
+        changes="result",
     )
     modulation_table: bool = setting(
         True,
         "In bf16, replace a third of the weights, which depend on the noise level alone, by a "
         "table on disk (5.7 GB for Qwen-Image, made once). The same up to rounding.",
         command="train",
-        changes="nothing",
+        changes="result",
     )
 
     # -- train: LoRA ---------------------------------------------------------------------------

@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "preview_prompts": ["something else"],
     "preview_size": [32, 64],
     "preview_steps": 2,
+    "recompute": "selective",
     "resume_from_checkpoint": f"step-{STOP:08d}",
     "shard_max_samples": 3,
     "state_dir": Path("state"),

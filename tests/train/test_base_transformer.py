@@ -13,7 +13,12 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.manifest import load_manifest
-from qwen_lora.train.transformer import check_transformer, choose_dtype, load_base
+from qwen_lora.train.transformer import (
+    check_transformer,
+    choose_dtype,
+    forward_options,
+    load_base,
+)
 
 CPU = torch.device("cpu")
 COMPONENTS = ("transformer", "scheduler")
@@ -67,10 +72,15 @@ def test_float16_warns(model: ModelFolder, capsys: pytest.CaptureFixture[str]) -
     assert "overflow float16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("on", [True, False])
-def test_gradient_checkpointing_is_a_setting(model: ModelFolder, on: bool) -> None:
-    loaded: Any = load_base(model, Settings(gradient_checkpointing=on), CPU)
-    assert loaded.is_gradient_checkpointing == on
+def test_gradient_checkpointing_is_a_setting(model: ModelFolder, on: bool, own: bool) -> None:
+    settings = Settings(gradient_checkpointing=on, own_forward=own)
+    loaded: Any = load_base(model, settings, CPU)
+    model.family.prepare_training(loaded, forward_options(settings))
+    assert loaded.is_gradient_checkpointing == (on and not own)
+    assert hasattr(loaded, "own_forward") == own
+    assert not own or loaded.own_forward.recompute.kind == ("full" if on else "none")
 
 
 def test_the_shards_decide_what_fits(model: ModelFolder, train_shards: Path) -> None:

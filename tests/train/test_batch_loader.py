@@ -246,11 +246,11 @@ def test_leaving_a_stream_early_ends_its_threads(shard_set: ShardSet) -> None:
     assert not reading_threads()
 
 
-def test_batches_move_between_devices_but_for_the_masks(shard_set: ShardSet) -> None:
+def test_batches_move_between_devices_but_for_masks_and_noise_levels(shard_set: ShardSet) -> None:
     loader = make_loader(shard_set)
     _, batches = next(loader.stream(0))
     moved = batches[0].to("meta")
-    tensors = [moved.latents, moved.noise, moved.sigmas, *moved.prompt_embeds]
+    tensors = [moved.latents, moved.noise, *moved.prompt_embeds]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert {mask.device.type for mask in moved.prompt_masks} == {"cpu"}
+    assert {tensor.device.type for tensor in [moved.sigmas, *moved.prompt_masks]} == {"cpu"}
     assert moved.sample_ids == batches[0].sample_ids
