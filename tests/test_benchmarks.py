@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
     "data_path.py": ["--samples", "4", "--repeats", "1"],
+    "mixed_lengths.py": ["--px", "64", "--layers", "1", "--heads", "1", "--repeats", "1"],
     "remote.py": [
         "--samples",
         "4",
