@@ -225,9 +225,7 @@ def build_trainable(
     dtype = compute_dtype(transformer)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     if resumed:
-        _restore_optimizer(optimizer, parameters, resumed, settings)
-        scheduler.load_state_dict(unpack(resumed.scheduler, {}))
-        scaler.load_state_dict(unpack(resumed.scaler, {}))
+        _restore(optimizer, scheduler, scaler, parameters, resumed, settings)
     losses = SampleLosses(transformer, model.family, settings.loss_weighting)
     transformer.train()  # LoRA dropout; the frozen base has none of its own
     stepper = Stepper(
@@ -242,20 +240,42 @@ def build_trainable(
     return Trainable(transformer, spec, parameters, losses, stepper, dtype)
 
 
-def _restore_optimizer(
+def _restore(
     optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: torch.amp.GradScaler,
     parameters: list[tuple[str, torch.nn.Parameter]],
     resumed: Checkpoint,
     settings: Settings,
 ) -> None:
-    saved, tensors = resumed.optimizer, resumed.optimizer_tensors
+    saved, tensors, what = resumed.optimizer, resumed.optimizer_tensors, "optimizer"
     try:
         check_state_fits(lambda named: make_optimizer(named, settings), parameters, saved, tensors)
         unpack_optimizer(optimizer, parameters, saved, tensors)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = "schedule"
+        _check_like(scheduler.state_dict(), unpack(resumed.scheduler, {}))
+        scheduler.load_state_dict(unpack(resumed.scheduler, {}))
+        scaler.load_state_dict(unpack(resumed.scaler, {}))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise QwenLoraError(
-            f"the checkpoint's optimizer state cannot be loaded: {type(error).__name__} {error}"
+            f"the checkpoint's {what} state cannot be loaded: {type(error).__name__} {error}"
         ) from error
+
+
+def _check_like(own: dict[str, Any], saved: Any) -> None:
+    """A schedule takes whatever it is given, and would fail at a later step. Raises ValueError."""
+    if not isinstance(saved, dict) or saved.keys() != own.keys():
+        raise ValueError("other entries than this version's")
+    for name, value in own.items():
+        if not _alike(value, saved[name]):
+            raise ValueError(f"{name} is {saved[name]!r}")
+
+
+def _alike(own: Any, saved: Any) -> bool:
+    if isinstance(own, list) and isinstance(saved, list):
+        return len(own) == len(saved) and all(map(_alike, own, saved))
+    numbers = (int, float)
+    return type(own) is type(saved) or (isinstance(own, numbers) and type(saved) in numbers)
 
 
 def _check_optimizer(settings: Settings, device: torch.device) -> None:

@@ -259,6 +259,25 @@ def test_tensors_of_another_lora_are_refused(
     assert (stopped.folder.parent / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"base_lrs": ["fast"]},
+        {"base_lrs": [0.1] * 5},
+        {"last_epoch": "three"},
+        {"last_epoch": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_forged_schedule_is_refused(
+    make: Callable[..., Settings], stopped: CheckpointStore, entries: dict[str, Any]
+) -> None:
+    forge(stopped, lambda old: replace(old, scheduler={**old.scheduler, **entries}))
+    with pytest.raises(QwenLoraError, match="the checkpoint's schedule state cannot be loaded"):
+        train(make("run"))
+
+
 def test_every_fact_of_a_run_is_compared(
     make: Callable[..., Settings], stopped: CheckpointStore
 ) -> None:
