@@ -54,12 +54,12 @@ class ModelFolder:
         return _read_json(self.component(name) / CONFIG_NAMES.get(name, "config.json"))
 
 
-def resolve_model(model: str, components: Sequence[str]) -> ModelFolder:
+def resolve_model(model: str, components: Sequence[str], *, weights: bool = True) -> ModelFolder:
     """Find a model and make sure that `components` are there.
 
     model: a folder in diffusers layout, or a Hugging Face id, optionally `id@revision`; an existing
     folder wins. Of a hub id only the components' folders are downloaded, by huggingface_hub with
-    its own settings (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
+    its own settings (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE); without `weights`, only their configs.
     Raises InputError for whatever the user can put right.
     """
     model = str(model)
@@ -73,7 +73,8 @@ def resolve_model(model: str, components: Sequence[str]) -> ModelFolder:
         raise InputError(f"model {model!r}: no such folder, and not a Hugging Face id (owner/name)")
     else:
         model_id = match["id"]
-        path = _download(model_id, match["revision"], components)
+        patterns = DOWNLOADED if weights else ("*.json",)
+        path = _download(model_id, match["revision"], components, patterns)
         revision = path.name
     found = ModelFolder(path, model_id, revision, _family_of(path, model))
     absent = [name for name in components if not (path / name).is_dir()]
@@ -85,17 +86,19 @@ def resolve_model(model: str, components: Sequence[str]) -> ModelFolder:
         )
     for name in components:
         found.config(name)
-        if name not in WEIGHTLESS:
+        if weights and name not in WEIGHTLESS:
             weight_files(found.component(name))
     return found
 
 
-def _download(model_id: str, revision: str | None, components: Sequence[str]) -> Path:
+def _download(
+    model_id: str, revision: str | None, components: Sequence[str], files: Sequence[str]
+) -> Path:
     """The snapshot folder in the hub cache; its name is the commit."""
     from huggingface_hub import errors, snapshot_download
 
     patterns = ["model_index.json"]
-    patterns += [f"{name}/{pattern}" for name in components for pattern in DOWNLOADED]
+    patterns += [f"{name}/{pattern}" for name in components for pattern in files]
     name = model_id + (f"@{revision}" if revision else "")
 
     def fetch(local: bool) -> Path:

@@ -16,6 +16,7 @@ COMMANDS = [
     "",
     "precompute",
     "train",
+    "plan",
     "sample",
     "init",
     "tiny-model",

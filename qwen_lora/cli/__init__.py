@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwen_lora import __version__
-from qwen_lora.cli import more, shards, stages
+from qwen_lora.cli import more, plan, shards, stages
 from qwen_lora.cli.streams import ReaderLeft, steady_streams
 from qwen_lora.errors import QwenLoraError, Stopped
 from qwen_lora.redact import redact, redact_stderr
@@ -94,6 +94,7 @@ def _options(
 
 app.command()(stages.precompute)
 app.command()(stages.train)
+app.command()(plan.plan)
 app.command()(more.sample)
 app.add_typer(shards.app, name="shards")
 app.command()(more.init)

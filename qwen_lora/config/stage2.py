@@ -95,9 +95,10 @@ class TrainSettings(Section):
     )
 
     recompute: str = setting(
-        "full",
+        "auto",
         "What gradient_checkpointing computes anew: full (each block), selective (all but matrix "
-        "products and attention), or a number of blocks.",
+        "products and attention), a number of blocks, or auto: as little as the GPU's memory "
+        "allows (full on a CPU).",
         command="train",
         changes="nothing",
     )
@@ -339,9 +340,9 @@ class TrainSettings(Section):
     @field_validator("recompute")
     @classmethod
     def _known_recompute(cls, value: str) -> str:
-        if value in ("selective", "full") or value.isdecimal():
+        if value in ("auto", "selective", "full") or value.isdecimal():
             return value
-        raise ValueError("must be full, selective or a number of blocks")
+        raise ValueError("must be auto, full, selective or a number of blocks")
 
     @field_validator("preview_size")
     @classmethod

@@ -171,6 +171,27 @@ class Family(Protocol):
         `make_modulation_table` made, the weights that it stands for are not loaded."""
         ...
 
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        """How many blocks a transformer config asks for."""
+        ...
+
+    def empty_transformer(
+        self,
+        model: ModelFolder,
+        *,
+        blocks: int,
+        dtype: torch.dtype,
+        base_precision: str = "bf16",
+        tabled: bool = False,
+    ) -> torch.nn.Module:
+        """What `load_transformer` would make, on the meta device and with so many blocks: it can
+        be run for its shapes. Only the transformer's config is read."""
+        ...
+
+    def stored_bytes(self, transformer: torch.nn.Module) -> int:
+        """Of the base weights of what `empty_transformer` made, as they would be held."""
+        ...
+
     def make_modulation_table(
         self, model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
     ) -> None:

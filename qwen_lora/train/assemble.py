@@ -14,6 +14,7 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.families.base import Recompute
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
@@ -203,6 +204,7 @@ def build_trainable(
     settings: Settings,
     model: ModelFolder,
     facts: RunFacts,
+    recompute: Recompute,
     resumed: Checkpoint | None,
 ) -> Trainable:
     """Load the base, add the LoRA, make the optimizer and schedule; put a checkpoint's state in."""
@@ -216,7 +218,7 @@ def build_trainable(
     transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device, find_table()))
     spec = LoraSpec.from_settings(settings)
     parameters = add_lora(transformer, spec, model.family, settings.seed)
-    model.family.prepare_training(transformer, forward_options(settings))
+    model.family.prepare_training(transformer, forward_options(settings, recompute))
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")

@@ -49,6 +49,7 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
 
 def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStack) -> TrainResult:
     from qwen_lora.train import assemble
+    from qwen_lora.train.cost.settle import settle_recompute
     from qwen_lora.train.preview_plan import settle_previews
     from qwen_lora.train.ranks import start_ranks
     from qwen_lora.train.report import open_report
@@ -77,7 +78,10 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                     return done
             drawn = settle_previews(ranks, settings, sources, plan, model.family)
             ranks.on_main(lambda: run.write_settings(settings))
-            trainable = assemble.build_trainable(ranks, settings, model, facts, found)
+            recompute = settle_recompute(
+                settings, model, plan.table, plan.rule, ranks.device, quiet=not ranks.is_main
+            )
+            trainable = assemble.build_trainable(ranks, settings, model, facts, recompute, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
             job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)
             state = _loop(job, drawn)

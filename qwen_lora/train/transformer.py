@@ -83,12 +83,14 @@ def load_base(
     )
 
 
-def forward_options(settings: Settings) -> ForwardOptions:
-    """How the transformer is to run."""
-    recompute = settings.recompute if settings.gradient_checkpointing else "none"
-    return ForwardOptions(
-        own=settings.own_forward, recompute=Recompute.parse(recompute), compiled=settings.compile
-    )
+def forward_options(settings: Settings, recompute: Recompute) -> ForwardOptions:
+    """How the transformer is to run; recompute: what `train.cost.choice` made of the settings."""
+    return ForwardOptions(own=settings.own_forward, recompute=recompute, compiled=settings.compile)
+
+
+def uses_table(settings: Settings, dtype: torch.dtype) -> bool:
+    """Whether a table stands for the modulation layers."""
+    return settings.modulation_table and settings.own_forward and dtype == torch.bfloat16
 
 
 def modulation_table(
@@ -100,7 +102,7 @@ def modulation_table(
     be written.
     """
     dtype = choose_dtype(settings, device)
-    if not (settings.modulation_table and settings.own_forward) or dtype != torch.bfloat16:
+    if not uses_table(settings, dtype):
         return None
     key = hash_json([TABLE_FORMAT, base_fingerprint, str(dtype), device.type, torch.__version__])
     folder = cache_folder("modulation")

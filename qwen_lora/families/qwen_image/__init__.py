@@ -92,6 +92,30 @@ class QwenImage:
             modulation_table=modulation_table,
         )
 
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        return facts.block_count(config)
+
+    def empty_transformer(
+        self,
+        model: ModelFolder,
+        *,
+        blocks: int,
+        dtype: torch.dtype,
+        base_precision: str = "bf16",
+        tabled: bool = False,
+    ) -> torch.nn.Module:
+        from qwen_lora.families.qwen_image.skeleton import skeleton
+        from qwen_lora.families.qwen_image.transformer import make_empty
+
+        return skeleton(
+            make_empty(model, blocks), dtype=dtype, base_precision=base_precision, tabled=tabled
+        )
+
+    def stored_bytes(self, transformer: torch.nn.Module) -> int:
+        from qwen_lora.families.qwen_image.skeleton import stored_bytes
+
+        return stored_bytes(transformer)
+
     def make_modulation_table(
         self, model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
     ) -> None:

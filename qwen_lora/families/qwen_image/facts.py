@@ -50,6 +50,10 @@ def transformer_facts(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def block_count(config: Mapping[str, Any]) -> int:
+    return int(_pick(config, ("num_layers",), "transformer")["num_layers"])
+
+
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The named keys, whether the config is nested under `text_config` or flat, as published, and
     whether rope's numbers stand under `rope_parameters` or `rope_scaling` and `rope_theta`."""

@@ -63,7 +63,7 @@ def load_transformer(
     modulation_table: Path | None = None,
 ) -> torch.nn.Module:
     """See `families.base.Family.load_transformer`."""
-    transformer = _empty_transformer(model)
+    transformer = make_empty(model)
     table = ModulationTable(modulation_table) if modulation_table else None
     if table is not None:
         for block in transformer.transformer_blocks:
@@ -87,7 +87,8 @@ def load_transformer(
     return cast(torch.nn.Module, transformer)
 
 
-def _empty_transformer(model: ModelFolder) -> Any:
+def make_empty(model: ModelFolder, blocks: int | None = None) -> Any:
+    """From the config alone, parameters on the meta device; `blocks`: only so many of them."""
     from diffusers import QwenImageTransformer2DModel
 
     config = {
@@ -95,6 +96,8 @@ def _empty_transformer(model: ModelFolder) -> Any:
         for key, value in model.config("transformer").items()
         if not key.startswith("_") and key != "quantization_config"
     }
+    if blocks is not None:
+        config["num_layers"] = blocks
     return empty_module(lambda: QwenImageTransformer2DModel(**config))
 
 
@@ -104,7 +107,7 @@ def make_modulation_table(
     """See `families.base.Family.make_modulation_table`."""
     if dtype != torch.bfloat16:
         raise InputError(f"a table of modulation is for bfloat16, not for {dtype}")
-    transformer = _empty_transformer(model)
+    transformer = make_empty(model)
     blocks = len(transformer.transformer_blocks)
     with open_weights(model.component("transformer")) as read:
 

@@ -1,0 +1,68 @@
+"""`qwen-lora plan`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_lora.cli.stages import Config, SetOptions, ShardSets, TrainModel
+from qwen_lora.cli.streams import print_json, reader_may_leave
+from qwen_lora.errors import InputError
+
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory", metavar="GIB", min=0.1, help="Of the card. [default: this machine's GPU]"
+    ),
+]
+Tflops = Annotated[
+    float | None,
+    typer.Option(
+        "--tflops", metavar="X", min=1e-6, help="Rate of matrix products. [default: measured here]"
+    ),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN", help="A run, to compare its measured steps."),
+]
+
+
+def plan(
+    shards: ShardSets = None,
+    model: TrainModel = None,
+    config: Config = None,
+    memory: Memory = None,
+    tflops: Tflops = None,
+    run: RunFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_options: SetOptions = None,
+) -> None:
+    """Say what training will take, in memory and time, before it is started.
+
+    Reads the shards' lists and the transformer's config, no weights. Exit code 2 when the run does
+    not fit into the memory.
+
+    \b
+    qwen-lora plan shards --memory 24 --tflops 150
+    qwen-lora plan shards --set base_precision=nf4 --memory 12
+    """
+    from qwen_lora.config.load import load_settings
+
+    notes: list[str] = []
+    options = {"shards": list(shards or []), "pretrained_model_name_or_path": model}
+    settings = load_settings("train", config, set_options or (), options, notes=notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    from qwen_lora.train.cost.estimate import estimate, format_estimate
+
+    facts = estimate(settings, memory_gib=memory, tflops=tflops, run=run)
+    with reader_may_leave():
+        if as_json:
+            print_json(facts, indent=2)
+        else:
+            print(format_estimate(facts))
+    if "does_not_fit" in facts:
+        raise InputError(facts["does_not_fit"])

@@ -1,0 +1,297 @@
+# ruff: noqa: TID253
+"""`qwen-lora plan`: memory, FLOPs and time of a run before it is started, from configs alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_lora.config.schema import Settings, ShardSource
+from qwen_lora.errors import InputError
+from qwen_lora.families.base import Recompute
+from qwen_lora.models import ModelFolder, resolve_model
+from qwen_lora.shards.reader import ShardSet
+from qwen_lora.shards.remote.cache import ShardCache
+from qwen_lora.train.cost.choice import GIB, SIDES, choose, too_small, usable_bytes
+from qwen_lora.train.cost.shapes import (
+    BucketLoad,
+    Shape,
+    bucket_loads,
+    largest_load,
+    latent_size,
+)
+from qwen_lora.train.cost.step import Cost, StepModel
+from qwen_lora.train.metrics import FILE, read_metrics
+from qwen_lora.train.plan import BatchRule
+from qwen_lora.train.sources import model_name
+from qwen_lora.train.table import PlanTable
+from qwen_lora.train.transformer import DTYPES, check_transformer
+
+CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB, as they are sold
+PRECISIONS = ("bf16", "int8", "nf4")
+WAYS = ("full", "selective", "none")
+MOST_BUCKETS = 12  # whose FLOPs are counted; the others are taken for these
+
+
+def estimate(
+    settings: Settings,
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    run: Path | None = None,
+) -> dict[str, Any]:
+    """What `format_estimate` shows, as JSON values."""
+    model, loads = _read(settings)
+    family = model.family
+    dtype = DTYPES["bf16" if settings.mixed_precision == "auto" else settings.mixed_precision]
+    step_model = StepModel(model, settings, dtype)
+    load = largest_load(loads, family)
+    shape = load.largest(family)
+    usable = _usable(memory_gib)
+    choice = choose(step_model, shape, usable)
+    measured = tflops is None
+    rate = measure_rate() if tflops is None else tflops * 1e12
+    micro_batches = settings.gradient_accumulation_steps
+    per_step = micro_batches * _mean_flops(step_model, loads, choice.recompute)
+    seconds = per_step / rate
+    facts: dict[str, Any] = {
+        "model": model.model_id,
+        "parameters": step_model.parameters,
+        "held_parameters": step_model.held_parameters,
+        "lora_parameters": step_model.lora_parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "base_precision": settings.base_precision,
+        "own_forward": settings.own_forward,
+        "rank": settings.rank,
+        "lora_targets": settings.lora_targets,
+        "optimizer": settings.optimizer,
+        "largest": {
+            "bucket": list(load.bucket),
+            "batch": load.batch,
+            "image_tokens": family.image_tokens(shape.latent_size),
+            "text_tokens": load.longest,
+        },
+        "recompute": str(choice.recompute),
+        "usable_gib": None if usable is None else round(usable / GIB, 3),
+        "missing_gib": round(choice.missing / GIB, 3),
+        "memory_gib": _memory(choice.cost),
+        "flops_per_step": per_step,
+        "rate_tflops": rate / 1e12,
+        "rate_measured": measured,
+        "floor_seconds_per_step": seconds,
+        "max_train_steps": settings.max_train_steps,
+        "floor_seconds": seconds * settings.max_train_steps,
+        "table": _table(model, settings, dtype, load),
+        "measured_on_gpu": False,
+    }
+    if choice.missing:
+        facts["does_not_fit"] = too_small(step_model, shape, choice)
+    if run is not None:
+        facts["run"] = _compare(run, seconds)
+    return facts
+
+
+# ---- what is planned -----------------------------------------------------------------------------
+
+
+def _read(settings: Settings) -> tuple[ModelFolder, list[BucketLoad]]:
+    """The model's config and the samples' sizes; no weight and no record is read."""
+    chosen = settings.shards or [ShardSource(path=settings.shards_dir)]
+    cache = ShardCache.default(settings.shard_cache_dir, settings.shard_cache_gib)
+    data = settings.data_config
+    with ExitStack() as stack:
+        sets = []
+        for source in chosen:
+            sets.append(ShardSet.open(source.path, cache=cache))
+            stack.callback(sets[-1].close)
+        table = PlanTable.from_sets(
+            sets,
+            [source.weight for source in chosen],
+            data.group_weights,
+            kohya_repeats=data.kohya_repeats,
+        )
+        manifests = [shard_set.manifest for shard_set in sets]
+        model = resolve_model(model_name(settings, manifests), ("transformer",), weights=False)
+        check_transformer(model, manifests)
+    return model, bucket_loads(table, _rule(settings))
+
+
+def _rule(settings: Settings) -> BatchRule:
+    return BatchRule(
+        train_batch_size=settings.train_batch_size,
+        micro_batches_per_step=settings.gradient_accumulation_steps,
+        seed=settings.seed,
+        caption_dropout_rate=settings.data_config.caption_dropout_rate,
+        batch_pixels=settings.batch_pixels,
+    )
+
+
+def _usable(memory_gib: float | None) -> int | None:
+    """Of the card that is named, or of the one in this machine."""
+    if memory_gib is not None:
+        return usable_bytes(int(memory_gib * GIB))
+    if torch.cuda.is_available():
+        return usable_bytes(torch.cuda.mem_get_info()[1])
+    return None
+
+
+def _mean_flops(model: StepModel, loads: Sequence[BucketLoad], recompute: Recompute) -> float:
+    """Of one micro-batch, over an epoch."""
+    some = loads[:MOST_BUCKETS]
+    micro_batches = sum(load.visits / load.batch for load in some)
+    total = 0.0
+    for load in some:
+        cost = model.cost(load.average(model.family), recompute)
+        total += load.visits / load.batch * cost.flops
+    return total / micro_batches
+
+
+def _memory(cost: Cost) -> dict[str, float]:
+    parts = {
+        "weights": cost.weights,
+        "lora_and_optimizer": cost.lora,
+        "activations": cost.activations,
+        "workspace": cost.workspace,
+        "peak": cost.peak,
+    }
+    return {name: round(value / GIB, 6) for name, value in parts.items()}
+
+
+# ---- other settings ------------------------------------------------------------------------------
+
+
+def smallest_card(peak: int) -> int | None:
+    return next((card for card in CARDS if peak <= usable_bytes(card * GIB)), None)
+
+
+def _table(
+    model: ModelFolder, settings: Settings, dtype: torch.dtype, load: BucketLoad
+) -> list[dict[str, Any]]:
+    """Square images with this run's batch, text and LoRA."""
+    family, rows = model.family, []
+    for precision in PRECISIONS:
+        other = settings.model_copy(update={"base_precision": precision})
+        step_model = StepModel(model, other, dtype)
+        for side in SIDES:
+            batch = int(_rule(settings).sizes(np.array([[side, side]], np.int32))[0])
+            texts = (load.longest,) * batch
+            shape = Shape(latent_size(family, (side, side)), texts)
+            row: dict[str, Any] = {"base_precision": precision, "side": side}
+            for way in WAYS if settings.own_forward else ("full", "none"):
+                peak = step_model.cost(shape, Recompute.parse(way)).peak
+                row[way] = {"gib": round(peak / GIB, 4), "card_gb": smallest_card(peak)}
+            rows.append(row)
+    return rows
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def measure_rate() -> float:
+    """FLOP/s of matrix products on this machine's GPU in bfloat16, or on its CPU in float32."""
+    on_gpu = torch.cuda.is_available()
+    side = 8192 if on_gpu else 1024
+    device = torch.device("cuda" if on_gpu else "cpu")
+    a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def _compare(run: Path, floor: float) -> dict[str, Any]:
+    path = run / FILE if run.is_dir() else run
+    try:
+        rows = [row for row in read_metrics(path) if "step_seconds" in row]
+    except OSError as error:
+        raise InputError(f"--run: {path} cannot be read: {error.strerror}") from None
+    if not rows:
+        raise InputError(f"--run: {path} holds no line with step_seconds; name a run's folder")
+    seconds = statistics.median(row["step_seconds"] for row in rows)
+    compared: dict[str, Any] = {"step_seconds": seconds, "share_of_floor": floor / seconds}
+    peaks = [row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row]
+    if peaks:
+        compared["peak_memory_gib"] = max(peaks)
+    return compared
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def format_estimate(facts: dict[str, Any]) -> str:
+    memory, large = facts["memory_gib"], facts["largest"]
+    height, width = large["bucket"]
+    targets = facts["lora_targets"]
+    held = f", {facts['held_parameters']:,} of them held (the rest is the modulation table)"
+    if facts["held_parameters"] == facts["parameters"]:
+        held = ""
+    origin = "measured here" if facts["rate_measured"] else "as given"
+    limit = f" (usable: {_size(facts['usable_gib'])})" if facts["usable_gib"] is not None else ""
+    lines = [
+        f"{facts['model']}: {facts['parameters']:,} parameters{held}",
+        f"LoRA: rank {facts['rank']} on "
+        f"{targets if isinstance(targets, str) else ', '.join(targets)}, "
+        f"{facts['lora_parameters']:,} parameters, {facts['optimizer']}",
+        f"largest micro-batch: {large['batch']} x {height} x {width} px "
+        f"({large['image_tokens']} tokens) with {large['text_tokens']} text tokens",
+        f"base_precision {facts['base_precision']}, computing in {facts['dtype']}, "
+        f"recompute {facts['recompute']}",
+        f"peak memory: {_size(memory['peak'])}{limit} = weights {_size(memory['weights'])} + LoRA "
+        f"and optimizer {_size(memory['lora_and_optimizer'])} + activations "
+        f"{_size(memory['activations'])} + workspace {_size(memory['workspace'])}",
+        f"a step: {facts['flops_per_step'] / 1e12:.4g} TFLOP, at least "
+        f"{_duration(facts['floor_seconds_per_step'])} at {facts['rate_tflops']:.4g} TFLOP/s "
+        f"({origin})",
+        f"{facts['max_train_steps']} steps: at least {_duration(facts['floor_seconds'])}",
+    ]
+    if (run := facts.get("run")) is not None:
+        lines.append(
+            f"the run: {run['step_seconds']:.3g} s a step, {100 * run['share_of_floor']:.0f} % of "
+            "that rate"
+            + (f", peak {run['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in run else "")
+        )
+    lines += ["", *_table_lines(facts["table"]), ""]
+    lines.append(
+        "These numbers are arithmetic from the model's config, not measured on a GPU; without "
+        "torch.compile. Cards: GiB + 5 %, at least 1 GiB, for what is not counted."
+    )
+    return "\n".join(lines)
+
+
+def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    ways = [way for way in WAYS if way in rows[0]]
+    header = ["base", "px", *(f"{way}" for way in ways)]
+    cells = [header]
+    for row in rows:
+        found = [row[way] for way in ways]
+        shown = [
+            f"{_size(one['gib'])}, " + (f"{one['card_gb']} GB" if one["card_gb"] else "over 80 GB")
+            for one in found
+        ]
+        cells.append([row["base_precision"], str(row["side"]), *shown])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h"
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{1024 * gib:.2f} MiB"

@@ -1,0 +1,53 @@
+# ruff: noqa: TID253
+"""At a run's start: what to compute anew, from the memory that the GPU has free."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.families.base import Recompute
+from qwen_lora.models import ModelFolder
+from qwen_lora.train.cost.choice import GIB, choose, fixed_recompute, too_small, usable_bytes
+from qwen_lora.train.cost.shapes import bucket_loads, largest_load
+from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.plan import BatchRule
+from qwen_lora.train.table import PlanTable
+from qwen_lora.train.transformer import choose_dtype
+
+
+def settle_recompute(
+    settings: Settings,
+    model: ModelFolder,
+    table: PlanTable,
+    rule: BatchRule,
+    device: torch.device,
+    memory: tuple[int, int] | None = None,
+    quiet: bool = False,
+) -> Recompute:
+    """Call before the model is loaded. The choice may differ between ranks and between the starts
+    of a run: it changes no bit of the result. memory: free and total bytes, of the GPU if None;
+    without a GPU nothing is counted."""
+    if memory is None:
+        if device.type != "cuda":
+            return fixed_recompute(settings) or Recompute("full")
+        memory = torch.cuda.mem_get_info(device)
+    free, total = memory
+    loads = bucket_loads(table, rule)
+    step_model = StepModel(model, settings, choose_dtype(settings, device))
+    load = largest_load(loads, model.family)
+    shape = load.largest(model.family)
+    choice = choose(step_model, shape, usable_bytes(total, free))
+    if not quiet:
+        height, width = load.bucket
+        print(
+            f"recompute {choice.recompute}: predicted peak {choice.cost.peak / GIB:.2f} GiB for "
+            f"{load.batch} x {height} x {width} px with {load.longest} text tokens, "
+            f"{free / GIB:.2f} GiB are free",
+            file=sys.stderr,
+        )
+        if choice.missing:
+            print(f"warning: {too_small(step_model, shape, choice)}", file=sys.stderr)
+    return choice.recompute

@@ -1,0 +1,224 @@
+# ruff: noqa: TID253
+"""Bytes and FLOPs of training steps, for any size, recomputation and number of blocks.
+
+All blocks but the first and the last are alike, so a model of three blocks and one of four tell
+what a block adds; a deep one need not be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.models import ModelFolder
+from qwen_lora.train.cost.shapes import Shape
+from qwen_lora.train.cost.trace import Traced, trace
+from qwen_lora.train.lora import LoraSpec, add_lora
+from qwen_lora.train.objective import flow_matching_loss
+from qwen_lora.train.transformer import uses_table
+
+FEW = 3  # blocks: the first, the last, and one like all others
+ENDS = Recompute("some", 1)  # recomputes the last block alone
+# Bytes of optimizer state for each float32 parameter. 8-bit states have a float32 scale for each
+# 256 numbers.
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "prodigy": 16.0}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one forward and backward pass; bytes on one device."""
+
+    weights: int
+    lora: int  # parameters, gradients, optimizer state
+    activations: int  # kept for the backward pass, and the micro-batch itself
+    workspace: int  # what comes on top of that at the worst moment
+    forward_flops: int
+    backward_flops: int  # recomputation included
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.lora + self.activations + self.workspace
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+
+class StepModel:
+    """What steps cost with one model and the settings' LoRA, optimizer and precision, on a GPU."""
+
+    def __init__(self, model: ModelFolder, settings: Settings, dtype: torch.dtype) -> None:
+        self.model, self.settings, self.dtype = model, settings, dtype
+        self.family = model.family
+        config = model.config("transformer")
+        self.blocks = self.family.block_count(config)
+        facts = self.family.transformer_facts(config)
+        self._channels, self._text_width = facts["latent_channels"], facts["text_width"]
+        self._made: dict[int, _Skeleton] = {}
+        self._traced: dict[tuple[int, Shape, Recompute], Traced] = {}
+
+    # ---- held through the run --------------------------------------------------------------
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole model, the modulation layers included."""
+        parts = [
+            sum(p.numel() for p in self._empty(count, tabled=False).parameters())
+            for count in self._counts
+        ]
+        return self._deep(parts)
+
+    @cached_property
+    def held_parameters(self) -> int:
+        return self._deep([self._skeleton(count).held for count in self._counts])
+
+    @cached_property
+    def lora_parameters(self) -> int:
+        return self._deep([self._skeleton(count).lora for count in self._counts])
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return self._deep([self._skeleton(count).stored for count in self._counts])
+
+    @cached_property
+    def lora_bytes(self) -> int:
+        """float32 parameters and gradients, and what the optimizer keeps (an optimizer that this
+        project does not know is taken for AdamW)."""
+        state = STATE_BYTES.get(self.settings.optimizer, STATE_BYTES["adamw"])
+        return int(self.lora_parameters * (8 + state))
+
+    # ---- a step ----------------------------------------------------------------------------
+
+    def cost(self, shape: Shape, recompute: Recompute) -> Cost:
+        if recompute.kind == "some" and recompute.blocks >= self.blocks:
+            recompute = Recompute("full")
+        if recompute.kind == "some" and recompute.blocks == 0:
+            recompute = Recompute("none")
+        if recompute.kind == "some" and self.blocks > FEW + 1:
+            found = self._some(shape, recompute.blocks)
+        else:
+            found = self._whole(shape, recompute)
+        return Cost(
+            weights=self.weight_bytes,
+            lora=self.lora_bytes,
+            activations=found.kept,
+            workspace=found.peak - found.kept,
+            forward_flops=found.forward_flops,
+            backward_flops=found.backward_flops,
+        )
+
+    def _whole(self, shape: Shape, recompute: Recompute) -> Traced:
+        parts = [self._trace(count, shape, recompute) for count in self._counts]
+        return Traced(
+            *(
+                self._deep([getattr(part, name) for part in parts])
+                for name in ("kept", "peak", "forward_flops", "backward_flops")
+            )
+        )
+
+    def _some(self, shape: Shape, blocks: int) -> Traced:
+        """The last block is one of them. The worst moment is in one of the two kinds of block; all
+        that other blocks keep is counted there."""
+        none, full = (self._whole(shape, Recompute(kind)) for kind in ("none", "full"))
+        few = self._trace(FEW, shape, Recompute("none"))
+        end = self._trace(FEW, shape, ENDS)
+        each_full = self._each(shape, Recompute("full"))
+        each_none = self._each(shape, Recompute("none"))
+        inner = blocks - 1
+        kept = none.kept - (few.kept - end.kept) - inner * (each_none.kept - each_full.kept)
+        peaks = [end.peak - end.kept]
+        if inner:
+            peaks.append(full.peak - full.kept)
+        backward = none.backward_flops + (end.backward_flops - few.backward_flops)
+        backward += inner * (each_full.backward_flops - each_none.backward_flops)
+        return Traced(kept, kept + max(peaks), none.forward_flops, backward)
+
+    def _each(self, shape: Shape, recompute: Recompute) -> Traced:
+        """What one more block adds."""
+        few, more = (self._trace(count, shape, recompute) for count in (FEW, FEW + 1))
+        return Traced(
+            more.kept - few.kept,
+            more.peak - few.peak,
+            more.forward_flops - few.forward_flops,
+            more.backward_flops - few.backward_flops,
+        )
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return (self.blocks,) if self.blocks <= FEW + 1 else (FEW, FEW + 1)
+
+    def _deep(self, parts: Sequence[int]) -> int:
+        """The number for all blocks, from those for `_counts`."""
+        if len(parts) == 1:
+            return parts[0]
+        few, more = parts
+        return few + (self.blocks - FEW) * (more - few)
+
+    def _trace(self, blocks: int, shape: Shape, recompute: Recompute) -> Traced:
+        key = (blocks, shape, recompute)
+        if key not in self._traced:
+            self._traced[key] = self._run(self._skeleton(blocks).transformer, shape, recompute)
+        return self._traced[key]
+
+    def _run(self, transformer: torch.nn.Module, shape: Shape, recompute: Recompute) -> Traced:
+        options = ForwardOptions(own=self.settings.own_forward, recompute=recompute)
+        self.family.prepare_training(transformer, options)
+        size = (shape.batch, self._channels, *shape.latent_size)
+        latents, noise = (torch.empty(size, device="meta") for _ in range(2))  # [B, C, h, w]
+        texts = [
+            torch.empty(count, self._text_width, device="meta", dtype=torch.bfloat16)
+            for count in shape.text_tokens
+        ]
+        masks = [torch.ones(count, dtype=torch.bool) for count in shape.text_tokens]
+        found = trace(
+            lambda: flow_matching_loss(
+                transformer,
+                latents,
+                texts,
+                masks,
+                noise,
+                torch.ones(shape.batch),
+                weighting_scheme=self.settings.loss_weighting,
+                family=self.family,
+            )
+        )
+        inputs = sum(tensor.numel() * tensor.element_size() for tensor in (latents, noise, *texts))
+        return replace(found, kept=found.kept + inputs, peak=found.peak + inputs)
+
+    # ---- skeletons -------------------------------------------------------------------------
+
+    def _empty(self, blocks: int, tabled: bool) -> torch.nn.Module:
+        return self.family.empty_transformer(
+            self.model,
+            blocks=blocks,
+            dtype=self.dtype,
+            base_precision=self.settings.base_precision,
+            tabled=tabled,
+        )
+
+    def _skeleton(self, blocks: int) -> _Skeleton:
+        if blocks not in self._made:
+            transformer = self._empty(blocks, uses_table(self.settings, self.dtype))
+            held = sum(parameter.numel() for parameter in transformer.parameters())
+            stored = self.family.stored_bytes(transformer)
+            spec = LoraSpec.from_settings(self.settings)
+            loras = add_lora(transformer, spec, self.family, self.settings.seed)
+            for _, parameter in loras:
+                parameter.grad = torch.empty_like(parameter)
+            transformer.train()
+            lora = sum(parameter.numel() for _, parameter in loras)
+            self._made[blocks] = _Skeleton(transformer, held, stored, lora)
+        return self._made[blocks]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    transformer: torch.nn.Module
+    held: int  # base parameters
+    stored: int  # their bytes
+    lora: int  # LoRA parameters
