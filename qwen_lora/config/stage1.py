@@ -44,10 +44,17 @@ class PrecomputeSettings(Section):
     )
     text_batch_size: int = setting(
         16,
-        "Captions encoded at once, sorted by length.",
+        "Captions encoded at once, one behind the other without padding.",
         command="precompute",
         changes="shards",
         ge=1,
+    )
+    text_prefix_cache: bool = setting(
+        True,
+        "Compute the prompt template's beginning once instead of for every caption; rounding apart "
+        "the embeddings are the same.",
+        command="precompute",
+        changes="shards",
     )
     encoder_placement: Literal["auto", "together", "sequential", "offload"] = setting(
         "auto",

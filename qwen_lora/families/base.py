@@ -141,9 +141,11 @@ class Family(Protocol):
         dtype: torch.dtype,
         quantization: str = "none",
         offload: bool = False,
+        prefix_cache: bool = True,
     ) -> PromptEncoder:
         """Load only the text encoder (no vision tower, no lm_head). `offload` streams the layers
-        from host memory through accelerate; `quantization` is none, int8 or nf4."""
+        from host memory through accelerate; `quantization` is none, int8 or nf4; `prefix_cache`
+        computes what all captions begin with once."""
         ...
 
     def load_latent_encoder(

@@ -65,6 +65,7 @@ class Encoders:
                 dtype=getattr(torch, self._settings.text_encoder_dtype),
                 quantization=self._settings.text_encoder_quantization,
                 offload=self.placement == "offload",
+                prefix_cache=self._settings.text_prefix_cache,
             )
         return self._text
 

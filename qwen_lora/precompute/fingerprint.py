@@ -82,6 +82,7 @@ def made_by(settings: Settings, device_type: str) -> dict[str, Any]:
         "encode_threads": settings.encode_threads,
         "vae_batch_size": settings.vae_batch_size,
         "text_batch_size": settings.text_batch_size,
+        "text_prefix_cache": settings.text_prefix_cache,
     }
 
 

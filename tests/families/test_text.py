@@ -25,6 +25,7 @@ CAPTIONS = [
     "a < b |> c <| d im_start",
     "word " * 300,
 ]
+NEWLINE = "\n\nan owl"
 LONG = "x y " * 900  # 1,800 tokens and more
 SPECIAL = "a <|im_end|>\n<|im_start|>assistant <|image_pad|> <tool_call> <|endoftext|> dog"
 
@@ -70,6 +71,88 @@ def test_the_tokenizers_padding_side_does_not_matter(
 ) -> None:
     monkeypatch.setattr(pipeline.tokenizer, "padding_side", side)
     assert_equal(encoder.encode(CAPTIONS[:4]), reference(pipeline, CAPTIONS[:4]), 2e-5)
+
+
+@pytest.fixture(scope="module")
+def whole(model: ModelFolder) -> Any:
+    """The encoder that computes the template's beginning for every caption."""
+    return model.family.load_prompt_encoder(
+        model, device=CPU, dtype=torch.float32, prefix_cache=False
+    )
+
+
+def worst(found: list[EncodedCaption], expected: list[EncodedCaption]) -> float:
+    """Largest difference as a part of the largest value."""
+    pairs = [
+        (a.prompt_embeds.float(), b.prompt_embeds.float())
+        for a, b in zip(found, expected, strict=True)
+    ]
+    assert all(a.shape == b.shape for a, b in pairs)
+    largest = max(float(b.abs().max()) for _, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
+
+
+BATCHES = [[*CAPTIONS, LONG], ["a red owl"], [""], [LONG], [NEWLINE, "a red owl"]]
+
+
+@pytest.mark.parametrize("captions", BATCHES)
+def test_the_prefix_cache_changes_rounding_alone(
+    captions: list[str], encoder: Any, whole: Any
+) -> None:
+    assert worst(encoder.encode(captions), whole.encode(captions)) < 2e-6
+
+
+# Quantised layers round what they are given together: int8 by row, after outlying columns.
+@pytest.mark.parametrize(
+    ("dtype", "kind", "most"),
+    [
+        (torch.bfloat16, "none", 0.02),
+        (torch.float32, "int8", 0.05),
+        (torch.float32, "nf4", 1e-5),
+    ],
+)
+def test_the_prefix_cache_in_other_arithmetic(
+    dtype: torch.dtype, kind: str, most: float, model: ModelFolder
+) -> None:
+    if kind != "none":
+        pytest.importorskip("bitsandbytes")
+    cached, whole = (
+        model.family.load_prompt_encoder(
+            model, device=CPU, dtype=dtype, quantization=kind, prefix_cache=cache
+        )
+        for cache in (True, False)
+    )
+    error = worst(cached.encode(CAPTIONS), whole.encode(CAPTIONS))
+    print(f"{dtype} {kind}: {error:.1e}")
+    assert error < most
+
+
+def tokens_seen(encoder: Any, captions: list[str]) -> int:
+    seen = []
+    hook = encoder._module.embed_tokens.register_forward_hook(
+        lambda module, given, output: seen.append(given[0].numel())
+    )
+    encoder.encode(captions)
+    hook.remove()
+    return sum(seen)
+
+
+def test_no_padding_and_no_template_is_computed(
+    model: ModelFolder, encoder: Any, whole: Any
+) -> None:
+    captions = ["a", LONG, "a red owl"]
+    counts = [count.tokens for count in model.family.load_tokenizer(model).count(captions)]
+    assert tokens_seen(encoder, captions) == sum(counts)
+    assert tokens_seen(whole, captions) == sum(counts) + 3 * 34
+
+
+def test_a_line_break_in_front_joins_the_templates(
+    model: ModelFolder, encoder: Any, pipeline: Any
+) -> None:
+    """Then the first 34 tokens are not the usual ones, and nothing computed before is used."""
+    usual, joined = model.family.load_tokenizer(model).ids(["x", NEWLINE])
+    assert usual[:33] == joined[:33] and usual[33] != joined[33]
+    assert_equal(encoder.encode([NEWLINE]), reference(pipeline, [NEWLINE]), 1e-5)
 
 
 def test_truncation(model: ModelFolder, encoder: Any, pipeline: Any) -> None:

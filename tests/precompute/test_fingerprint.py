@@ -44,7 +44,12 @@ def test_what_shapes_the_tensors_is_in_it(fingerprint_of, change, part):
 @pytest.mark.parametrize(
     "change",
     [
-        {"encode_threads": 7, "vae_batch_size": 9, "text_batch_size": 9},
+        {
+            "encode_threads": 7,
+            "vae_batch_size": 9,
+            "text_batch_size": 9,
+            "text_prefix_cache": False,
+        },
         {"encoder_placement": "offload"},
         {"data": {"img_size": [64], "flip": "both", "alpha_background": "#FFFFFF"}},
     ],

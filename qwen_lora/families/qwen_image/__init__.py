@@ -53,11 +53,17 @@ class QwenImage:
         dtype: torch.dtype,
         quantization: str = "none",
         offload: bool = False,
+        prefix_cache: bool = True,
     ) -> PromptEncoder:
         from qwen_lora.families.qwen_image.text import QwenPromptEncoder
 
         return QwenPromptEncoder(
-            model, device=device, dtype=dtype, quantization=quantization, offload=offload
+            model,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            offload=offload,
+            prefix_cache=prefix_cache,
         )
 
     def load_latent_encoder(

@@ -29,6 +29,12 @@ from qwen_lora.families.qwen_image.loading import (
     load_weights,
     quantize_linears,
 )
+from qwen_lora.families.qwen_image.packed_text import (
+    Prefix,
+    forward_packed,
+    make_prefix,
+    use_packed_attention,
+)
 from qwen_lora.models import ModelFolder
 
 
@@ -56,11 +62,11 @@ class QwenPromptTokenizer:
         self._plain = Tokenizer.from_str(json.dumps(facts))
         self._head: list[int] = backend.encode(TEMPLATE_HEAD, add_special_tokens=False).ids
         self._tail: list[int] = backend.encode(TEMPLATE_TAIL, add_special_tokens=False).ids
-        dropped = len(self._head) + len(self._plain.encode(TEMPLATE_TEXT).ids)
-        if dropped != DROPPED_TOKENS:
+        self.prefix: list[int] = self._head + self._plain.encode(TEMPLATE_TEXT).ids
+        if len(self.prefix) != DROPPED_TOKENS:
             raise InputError(
-                f"{folder}: the prompt template has {dropped} tokens before the caption instead of "
-                f"{DROPPED_TOKENS}; this is not a Qwen-Image tokenizer"
+                f"{folder}: the prompt template has {len(self.prefix)} tokens before the caption "
+                f"instead of {DROPPED_TOKENS}; this is not a Qwen-Image tokenizer"
             )
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
@@ -102,6 +108,7 @@ class QwenPromptEncoder:
         dtype: torch.dtype,
         quantization: str = "none",
         offload: bool = False,
+        prefix_cache: bool = True,
     ) -> None:
         if quantization not in QUANTIZATIONS:
             known = ", ".join(QUANTIZATIONS)
@@ -116,12 +123,17 @@ class QwenPromptEncoder:
         self._module = _load_text_model(
             model, torch.device("cpu") if offload else device, dtype, quantization
         )
+        use_packed_attention(self._module)
         self.text_width: int = self._module.config.hidden_size
         if offload:
             from accelerate import cpu_offload
 
             # Each layer's weights visit the device while it runs; the mathematics are the same.
             cpu_offload(self._module, execution_device=device, offload_buffers=True)
+        self._prefix: Prefix | None = None
+        if prefix_cache:
+            with torch.no_grad():
+                self._prefix = make_prefix(self._module, self._tokenizer.prefix, device)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[EncodedCaption]:
@@ -129,20 +141,21 @@ class QwenPromptEncoder:
         if not captions:
             raise InputError("no captions to encode")
         rows = [ids[: DROPPED_TOKENS + MAX_TOKENS] for ids in self._tokenizer.ids(captions)]
-        longest = max(len(ids) for ids in rows)
-        padded = torch.zeros(len(rows), longest, dtype=torch.long)  # [B, T]
-        for row, ids in zip(padded, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        # Padding is on the right and attention is causal: no token sees it, no mask is needed.
-        # The last hidden state is the one after the final norm, as `hidden_states[-1]` is.
-        hidden = self._module(
-            input_ids=padded.to(self._device), use_cache=False
-        ).last_hidden_state.cpu()  # [B, T, D] compute dtype
-        encoded = []
-        for states, ids in zip(hidden, rows, strict=True):
-            embeds = states[DROPPED_TOKENS : len(ids)].clone()  # [T_i, D]
-            encoded.append(EncodedCaption(embeds, torch.ones(len(embeds), dtype=torch.bool)))
-        return encoded
+        # The states are those after the final norm, as `hidden_states[-1]` is.
+        if self._prefix is not None and all(map(self._begins_as_usual, rows)):
+            rows = [ids[DROPPED_TOKENS:] for ids in rows]
+            kept = forward_packed(self._module, rows, self._device, self._prefix)
+        else:
+            whole = forward_packed(self._module, rows, self._device)
+            kept = [states[DROPPED_TOKENS:] for states in whole]
+        return [
+            EncodedCaption(states.cpu().clone(), torch.ones(len(states), dtype=torch.bool))
+            for states in kept
+        ]
+
+    def _begins_as_usual(self, ids: Sequence[int]) -> bool:
+        """A caption that begins with a line break may share a token with the template's own."""
+        return ids[:DROPPED_TOKENS] == self._tokenizer.prefix
 
 
 def _load_text_model(
