@@ -127,6 +127,13 @@ class DataConfig(Section):
         command="precompute",
         changes="shards",
     )
+    jpeg_scaled_decode: bool = setting(
+        False,
+        "Decode JPEGs of four times the target size and more at a half, a quarter or an eighth of "
+        "theirs: faster, pixels differ by 1 of 255 on average, by 44 at hard edges.",
+        command="precompute",
+        changes="shards",
+    )
     alpha_background: str = setting(
         "#ffffff",
         "Colour behind transparent pixels, in quotes.",

@@ -12,7 +12,7 @@ from qwen_lora import __version__
 from qwen_lora.config.schema import DataConfig, Settings
 from qwen_lora.errors import InputError
 from qwen_lora.models import ModelFolder, weight_hashes
-from qwen_lora.precompute.images import RESIZE_ALGORITHM
+from qwen_lora.precompute.images import RESIZE_ALGORITHM, SCALED_DECODE
 from qwen_lora.shards.format import Fingerprint, Manifest
 from qwen_lora.shards.safe import printable
 
@@ -62,8 +62,9 @@ def _weights(model: ModelFolder, component: str, cache_file: Path) -> list[str]:
 
 def pixel_facts(data: DataConfig) -> dict[str, str]:
     """How a decoded image becomes a bucket's pixels, as names that change with the algorithm."""
+    scaled = f"+{SCALED_DECODE}" if data.jpeg_scaled_decode else ""
     return {
-        "resize": RESIZE_ALGORITHM[data.resize],
+        "resize": RESIZE_ALGORITHM[data.resize] + scaled,
         "alpha_background": data.alpha_background.lower(),
     }
 

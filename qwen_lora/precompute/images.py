@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # Part of the fingerprint: another number when the pixels of any image would change.
 RESIZE_ALGORITHM = {"fast": "cv2-area-lanczos4-1", "exact": "pillow-lanczos-1"}
+SCALED_DECODE = "jpeg-scaled-1"  # behind the resize algorithm's name where it is asked for
+SCALES = (8, 4, 2)  # at which libjpeg decodes to 1 / n of the size
+SPARE = 2  # what is decoded is at least so many times larger than the bucket, each side
 PNG_DEPTH_BYTE = 24  # in the header: bits of a channel
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -52,15 +56,17 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
         image = open_image(content)
         if oriented_size(image, content) != inspection.original_size:
             raise ValueError("the header's size is not the image's")
+        scale = _draft(image, geometry) if data.jpeg_scaled_decode else 1
         image.load()
         if image.format == "PNG":
             _scale_png_transparency(image, content)
         ImageOps.exif_transpose(image, in_place=True)
-        if (image.height, image.width) != inspection.original_size:
+        height, width = (math.ceil(side / scale) for side in inspection.original_size)
+        if (image.height, image.width) != (height, width):
             raise ValueError("the orientation is not the header's")
-        top, left, bottom, right = geometry.crop_box
+        top, left, bottom, right = (round(edge / scale) for edge in geometry.crop_box)
         info = image.info
-        if geometry.crop_box != (0, 0, image.height, image.width):
+        if (top, left, bottom, right) != (0, 0, height, width):
             image = image.crop((left, top, right, bottom))
         image = to_rgb(image, info, data.alpha_background)
     except DecodeError:
@@ -69,6 +75,20 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
         raise DecodeError("undecodable", why_undecodable(content, error)) from error
     pixels = resize(image, geometry.bucket, data.resize)
     return np.ascontiguousarray(pixels[:, ::-1]) if geometry.flipped else pixels
+
+
+def _draft(image: Image.Image, geometry: Geometry) -> int:
+    """Have a JPEG decoded to 1 / n of its size where that leaves enough to shrink; n."""
+    if image.format != "JPEG":
+        return 1
+    top, left, bottom, right = geometry.crop_box
+    spare = min((bottom - top) / geometry.bucket[0], (right - left) / geometry.bucket[1])
+    whole = image.size
+    for scale in SCALES:
+        if spare >= SPARE * scale:
+            image.draft(None, (whole[0] // scale, whole[1] // scale))
+            return round(whole[0] / image.width)
+    return 1
 
 
 def to_rgb(image: Image.Image, info: Mapping[Any, Any], background: str) -> Image.Image:

@@ -30,6 +30,7 @@ def fingerprint_of(make_settings, tiny_model, tmp_path):
         ({"vae_dtype": "bfloat16"}, "vae"),
         ({"vae_posterior": "mean_std"}, "vae"),
         ({"data": {"resize": "exact"}}, "vae"),
+        ({"data": {"jpeg_scaled_decode": True}}, "vae"),
         ({"data": {"alpha_background": "#000000"}}, "vae"),
         ({"text_encoder_dtype": "float32"}, "text"),
         ({"text_encoder_quantization": "nf4"}, "text"),
