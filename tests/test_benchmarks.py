@@ -11,6 +11,22 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
     "data_path.py": ["--samples", "4", "--repeats", "1"],
     "mixed_lengths.py": ["--px", "64", "--layers", "1", "--heads", "1", "--repeats", "1"],
+    "precompute.py": [
+        "--px",
+        "32",
+        "--targets",
+        "32",
+        "--images",
+        "1",
+        "--captions",
+        "3",
+        "--base-dim",
+        "8",
+        "--text-width",
+        "64",
+        "--repeats",
+        "1",
+    ],
     "remote.py": [
         "--samples",
         "4",

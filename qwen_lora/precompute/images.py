@@ -66,15 +66,17 @@ def decode_image(inspection: Inspection, geometry: Geometry, data: DataConfig) -
             raise ValueError("the orientation is not the header's")
         top, left, bottom, right = (round(edge / scale) for edge in geometry.crop_box)
         info = image.info
-        if (top, left, bottom, right) != (0, 0, height, width):
-            image = image.crop((left, top, right, bottom))
-        image = to_rgb(image, info, data.alpha_background)
+        if image.mode != "RGB" or "icc_profile" in info or "transparency" in info:
+            if (top, left, bottom, right) != (0, 0, height, width):
+                image = image.crop((left, top, right, bottom))
+            image = to_rgb(image, info, data.alpha_background)
+            top, left, bottom, right = 0, 0, image.height, image.width
     except DecodeError:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
         raise DecodeError("undecodable", why_undecodable(content, error)) from error
-    pixels = resize(image, geometry.bucket, data.resize)
-    return np.ascontiguousarray(pixels[:, ::-1]) if geometry.flipped else pixels
+    pixels = resize(image, geometry.bucket, data.resize, (left, top, right, bottom))
+    return np.ascontiguousarray(pixels[:, ::-1] if geometry.flipped else pixels)
 
 
 def _draft(image: Image.Image, geometry: Geometry) -> int:
@@ -182,8 +184,10 @@ def _srgb_transform(profile: bytes, mode: str) -> Any:
     )
 
 
-def resize(image: Image.Image, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
-    """[H, W, 3] uint8 of exactly `size`.
+def resize(
+    image: Image.Image, size: tuple[int, int], how: str, box: tuple[int, int, int, int]
+) -> NDArray[np.uint8]:
+    """`box` of an RGB image, (left, top, right, bottom) as in Pillow -> [H, W, 3] uint8 of `size`.
 
     fast: OpenCV, area when shrinking, Lanczos over 8 x 8 pixels when enlarging; exact: Pillow's
     Lanczos, which widens its window when shrinking.
@@ -192,13 +196,16 @@ def resize(image: Image.Image, size: tuple[int, int], how: str) -> NDArray[np.ui
     if how == "exact":
         from PIL import Image
 
+        if box != (0, 0, *image.size):
+            image = image.crop(box)
         if image.size == (width, height):
             return np.asarray(image)
         return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     import cv2
 
     cv2.setNumThreads(1)  # images are spread over threads already; one thread each fixes the bytes
-    pixels = np.asarray(image)
+    left, top, right, bottom = box
+    pixels = np.asarray(image)[top:bottom, left:right]  # no copy, unlike Pillow's crop
     if pixels.shape[:2] == (height, width):
         return pixels
     shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width

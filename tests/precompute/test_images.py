@@ -443,15 +443,34 @@ def test_crop_then_resize_then_flip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["fast", "exact"])
 @pytest.mark.parametrize("size", [(32, 48), (128, 192)])
 def test_resizing_keeps_flat_colours_and_size(how: str, size: tuple[int, int]) -> None:
-    found = resize(picture(), size, how)
+    found = resize(picture(), size, how, (0, 0, 96, SIDE))
     assert found.shape == (*size, 3) and found.dtype == np.uint8
     assert found[size[0] // 4, size[1] * 3 // 4].tolist() == list(RED)
     assert found[size[0] * 3 // 4, size[1] // 2].tolist() == list(GREEN)
 
 
+@pytest.mark.parametrize("how", ["fast", "exact"])
+@pytest.mark.parametrize("size", [(24, 32), (40, 50), (70, 90)])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_box_is_resized_as_if_it_were_alone(
+    how: str, size: tuple[int, int], converted: bool, tmp_path: Path
+) -> None:
+    """No pixel beside the box counts, in images that need a conversion and in those that do not."""
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, 96, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    image.convert("RGBA" if converted else "RGB").save(tmp_path / "a.png")
+    found = inspect(tmp_path / "a.png")
+    assert isinstance(found, Inspection)
+    geometry = Geometry((11, 7, 51, 57), size)
+    alone = image.crop((7, 11, 57, 51))
+    expected = resize(alone, size, how, (0, 0, 50, 40))
+    given = decode_image(found, geometry, DataConfig(resize=how))
+    assert (given == expected).all() and given.flags.c_contiguous
+
+
 def test_exact_is_pillows_lanczos() -> None:
     expected = picture().resize((40, 24), Image.Resampling.LANCZOS)
-    assert (resize(picture(), (24, 40), "exact") == np.asarray(expected)).all()
+    assert (resize(picture(), (24, 40), "exact", (0, 0, 96, SIDE)) == np.asarray(expected)).all()
 
 
 def test_random_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
