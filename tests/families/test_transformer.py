@@ -196,7 +196,7 @@ def test_low_precision_base_trains(
     )
     blocks = [m for m in small.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
     kind = bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
-    assert len(blocks) == 2 * 14 and all(type(linear) is kind for linear in blocks)
+    assert len(blocks) == 2 * 14 and all(isinstance(linear, kind) for linear in blocks)
     assert small.proj_out.weight.dtype == small.img_in.weight.dtype == torch.float32
     size = sum(p.numel() * p.element_size() for p in small.transformer_blocks.parameters())
     exact = sum(p.numel() * p.element_size() for p in transformer.transformer_blocks.parameters())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -168,7 +168,7 @@ def quantize_linears(module: torch.nn.Module, kind: str, dtype: torch.dtype) -> 
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         if kind == "int8":
             # 6.0 as in the paper: activations beyond it keep 16 bits.
-            new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+            new = int8_linear_class()(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
         elif kind == "nf4":
             new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
             # On CPUs with AVX512-BF16 a pass without gradients would repack the weights for
@@ -179,6 +179,39 @@ def quantize_linears(module: torch.nn.Module, kind: str, dtype: torch.dtype) -> 
         new.quantization = kind
         owner, leaf = _split(module, name)
         setattr(owner, leaf, new)
+
+
+@cache
+def int8_linear_class() -> Any:
+    """bitsandbytes' layer without its hold on the input: its product keeps the input until the
+    backward pass, where nothing needs it while the weight is frozen, out of checkpointing's sight.
+    (1024 x 1024 px, full recomputation: 10 GiB by shapes.)"""
+    bnb = _bitsandbytes()
+
+    class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc, name-defined]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            apply: Any = _Int8Product.apply
+            out: torch.Tensor = apply(x, self, super().forward)
+            return out
+
+    return Int8Linear
+
+
+class _Int8Product(torch.autograd.Function):
+    """The same numbers as bitsandbytes' `MatMul8bitLt`, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Any, product: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        state = ctx.layer.state
+        weight = state.CB.to(ctx.dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        return torch.matmul(gradient.to(ctx.dtype), weight), None, None
 
 
 def _quantized_parameter(kind: str, tensor: torch.Tensor, linear: Any) -> Any:
