@@ -27,6 +27,7 @@ SMALLEST = {
         "--repeats",
         "1",
     ],
+    "memory.py": ["--width", "1", "--blocks", "2", "--px", "32", "--text", "4"],
     "remote.py": [
         "--samples",
         "4",

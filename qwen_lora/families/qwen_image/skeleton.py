@@ -83,24 +83,25 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """bitsandbytes keeps x with int8 and nothing with nf4; backward dequantises the weight. Its
-    products are operators of its own, which selective recomputation does not keep: so bmm here."""
+    """Nothing is kept; backward dequantises the weight, with nf4 forward too. Selective
+    recomputation does not know bitsandbytes' nf4 product (here bmm); to an int8 product that of the
+    outliers may be added, which it keeps."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str
     ) -> torch.Tensor:
-        ctx.weight, ctx.x = weight, x if kind == "int8" else None
-        flat = x.flatten(0, -2)[None]  # [1, tokens, in]
+        ctx.weight = weight
+        flat = x.flatten(0, -2)  # [tokens, in]
         if kind == "int8":
             copies = [flat.to(torch.float16), flat.to(torch.int8)]
-            copies.append(flat.new_empty(flat.shape[1], len(weight), dtype=torch.int32))
+            copies.append(flat.new_empty(len(flat), len(weight), dtype=torch.int32))
+            out = F.linear(flat, weight, bias)  # [tokens, out]
         else:
-            copies = [weight := torch.empty_like(weight)]
-        out = torch.bmm(flat, weight.t()[None])  # [1, tokens, out]
+            copies = [torch.empty_like(weight)]
+            out = torch.bmm(flat[None], copies[0].t()[None])[0]
+            out = out if bias is None else out.add_(bias)
         del copies
-        if bias is not None:
-            out += bias
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod

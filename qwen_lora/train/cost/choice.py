@@ -79,11 +79,11 @@ def too_small(model: StepModel, shape: Shape, choice: Choice) -> str:
         f"{choice.recompute}, {choice.missing / GIB:.2f} GiB more than the "
         f"{choice.usable / GIB:.2f} GiB that are usable"
     )
-    found = _what_fits(model, shape, choice.usable)
+    found = what_fits(model, shape, choice.usable)
     return f"{line}; would fit: {', '.join(found) if found else 'none of the settings tried'}"
 
 
-def _what_fits(model: StepModel, shape: Shape, usable: int) -> list[str]:
+def what_fits(model: StepModel, shape: Shape, usable: int) -> list[str]:
     """Changes of one thing with which it fits."""
     settings, family = model.settings, model.family
 

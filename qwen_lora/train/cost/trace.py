@@ -32,6 +32,8 @@ class Traced:
 
 def trace(forward: Callable[[], torch.Tensor], device: str = "meta") -> Traced:
     """Run `forward`, which returns losses, and the backward pass of their sum."""
+    with _flash_attention(), torch.no_grad():
+        forward()  # what is made once and kept (rotations) belongs to no step
     with _flash_attention(), Live(device) as live:
         losses = forward()
         kept, flops = live.bytes, live.flops
@@ -89,10 +91,11 @@ def _flash_attention() -> Iterator[None]:
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
 
-    def attend(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any
+    ) -> torch.Tensor:
         if not query.is_meta:
-            return cast(torch.Tensor, original(query, *others, **options))
-        key, value = others[0], others[1]
+            return cast(torch.Tensor, original(query, key, value, *others, **options))
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return cast(torch.Tensor, flash(query, key, value, 0.0, False, False)[0])
 

@@ -1,0 +1,186 @@
+"""`recompute: auto`: the cheapest way that fits, at its boundaries, and what a run says of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_sets import MakeSettings
+from typer.testing import CliRunner
+
+from qwen_lora.cli import app
+from qwen_lora.config.schema import Settings
+from qwen_lora.families.base import Recompute
+from qwen_lora.models import resolve_model
+from qwen_lora.shards.reader import ShardSet
+from qwen_lora.train.cost.choice import GIB, RESERVE, choose, too_small, usable_bytes, what_fits
+from qwen_lora.train.cost.estimate import format_estimate
+from qwen_lora.train.cost.settle import settle_recompute
+from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
+from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.plan import BatchRule, plan_epoch
+from qwen_lora.train.table import PlanTable
+from tests.train.test_step_cost import REAL, small, step_model
+
+SHAPE = Shape((128, 128), (256,))
+CPU = torch.device("cpu")
+
+
+def peak(model: StepModel, way: str) -> int:
+    return model.cost(SHAPE, Recompute.parse(way)).peak
+
+
+def test_each_way_is_chosen_down_to_its_last_byte(tmp_path: Path) -> None:
+    """Of the real model at 1024 px: none, selective, some blocks, full."""
+    model = step_model(tmp_path, torch.bfloat16, REAL)
+
+    def chosen(usable: int) -> str:
+        choice = choose(model, SHAPE, usable)
+        assert choice.missing == max(0, choice.cost.peak - usable)
+        assert bool(choice.missing) == (usable < peak(model, "full"))
+        return str(choice.recompute)
+
+    none, selective, full = (peak(model, way) for way in ("none", "selective", "full"))
+    assert none > selective > full
+    assert chosen(none) == "none"
+    assert chosen(none - 1) == "selective"
+    assert chosen(selective) == "selective"
+    for blocks in (30, 45):
+        some = peak(model, str(blocks))
+        assert some < selective
+        assert chosen(some) == f"{blocks} blocks"
+        assert chosen(some - 1) == f"{blocks + 1} blocks"
+    assert chosen(full) == chosen(full - 1) == "full"
+
+
+def test_named_ways_are_obeyed(tmp_path: Path) -> None:
+    wanted: list[tuple[dict[str, Any], str]] = [
+        ({"recompute": "selective"}, "selective"),
+        ({"recompute": "2"}, "2 blocks"),
+        ({"gradient_checkpointing": False}, "none"),
+        ({"gradient_checkpointing": False, "recompute": "full"}, "none"),
+        ({"own_forward": False}, "full"),
+    ]
+    for changes, expected in wanted:
+        model = step_model(tmp_path, torch.bfloat16, small(), **changes)
+        shape = Shape((8, 8), (5,))
+        assert str(choose(model, shape, 10**12).recompute) == expected
+    assert (
+        str(choose(step_model(tmp_path, torch.bfloat16, small()), shape, None).recompute) == "full"
+    )
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    """27.9 GiB in bf16 on a 24 GB card; nf4 takes 9 GiB."""
+    model = step_model(tmp_path, torch.bfloat16, REAL)
+    choice = choose(model, SHAPE, usable_bytes(24 * GIB))
+    line = too_small(model, SHAPE, choice)
+    assert "\n" not in line and f"{choice.missing / GIB:.2f} GiB more" in line
+    assert line.endswith("would fit: base_precision: int8, base_precision: nf4")
+    two = Shape(SHAPE.latent_size, SHAPE.text_tokens * 2)
+    usable = model.cost(SHAPE, Recompute("full")).peak
+    assert what_fits(model, two, usable)[-2:] == ["train_batch_size: 1", "images of 512 x 512 px"]
+
+
+def test_the_reserve() -> None:
+    assert usable_bytes(8 * GIB) == 7 * GIB
+    assert usable_bytes(80 * GIB) == 76 * GIB
+    assert usable_bytes(80 * GIB, free=40 * GIB) == 36 * GIB
+
+
+# ---- which micro-batch is the largest ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [(1, 0, 0.0), (3, 0, 0.5), (2, 64 * 64 * 4, 0.1)])
+def test_no_epoch_has_a_larger_micro_batch(
+    train_shards: Path, rule: tuple[int, int, float]
+) -> None:
+    size, pixels, dropout = rule
+    batches = BatchRule(size, 1, 5, caption_dropout_rate=dropout, batch_pixels=pixels)
+    with ShardSet.open(train_shards) as shards:
+        table = PlanTable.from_sets([shards])
+    loads = {load.bucket: load for load in bucket_loads(table, batches)}
+    assert sum(load.visits for load in loads.values()) == len(table)
+    lengths = np.split(table.token_counts, table.token_offsets[1:-1])
+    for epoch in range(8):
+        plan = plan_epoch(table, batches, epoch)
+        for number in range(plan.micro_batches):
+            micro = plan.micro_batch(number)
+            load = loads[micro.bucket]
+            assert len(micro.visits) <= load.batch
+            for visit in micro.visits:
+                dropped = visit.caption < 0
+                tokens = (
+                    table.unconditional_tokens[0] if dropped else lengths[visit.row][visit.caption]
+                )
+                assert tokens <= load.longest
+    from qwen_lora.families import family_by_name
+
+    largest = largest_load([*loads.values()], family_by_name("qwen-image"))
+    area = {bucket: load.batch * bucket[0] * bucket[1] for bucket, load in loads.items()}
+    assert area[largest.bucket] == max(area.values())
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def settle(settings: Settings, train_shards: Path, memory: Any) -> Recompute:
+    model = resolve_model(settings.pretrained_model_name_or_path or "", ("transformer",))
+    with ShardSet.open(train_shards) as shards:
+        table = PlanTable.from_sets([shards])
+    return settle_recompute(settings, model, table, BatchRule(2, 1, 0), CPU, memory)
+
+
+def test_a_run_says_its_peak_and_its_choice(
+    make_settings: MakeSettings, train_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = make_settings(gradient_checkpointing=True)
+    assert settle(settings, train_shards, (8 * GIB, 8 * GIB)) == Recompute("none")
+    assert capsys.readouterr().err.startswith("recompute none: predicted peak 0.0")
+    assert settle(settings, train_shards, (RESERVE, 8 * GIB)) == Recompute("full")
+    err = capsys.readouterr().err
+    assert "warning: the predicted peak is " in err and "would fit: " in err
+    assert settle(settings, train_shards, None) == Recompute("full")  # a CPU
+    assert capsys.readouterr().err == ""
+    plain = make_settings(gradient_checkpointing=False)
+    assert settle(plain, train_shards, None) == Recompute("none")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_plan_prints_text_and_json(
+    train_shards: Path, transformer_only: Path, tmp_path: Path
+) -> None:
+    rows = [{"step": step, "loss": 1.0, "step_seconds": 0.5} for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # 1.0001 GiB leave 0.1 MiB beside the reserve: too little.
+    arguments = ["--tflops", "1e-4", "--memory", "1.0001", "--run", str(tmp_path), "--json"]
+    model = ["--model", str(transformer_only)]
+    result = CliRunner().invoke(app, ["plan", str(train_shards), *model, *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the predicted peak is ")
+    facts = json.loads(result.stdout)
+    assert facts["recompute"] == "full" and facts["measured_on_gpu"] is False
+    parts = dict(facts["memory_gib"])
+    assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=1e-5)
+    assert facts["floor_seconds_per_step"] == pytest.approx(facts["flops_per_step"] / 1e8)
+    assert facts["floor_seconds"] == pytest.approx(3000 * facts["floor_seconds_per_step"])
+    assert {(row["base_precision"], row["side"]) for row in facts["table"]} == {
+        (precision, side)
+        for precision in ("bf16", "int8", "nf4")
+        for side in (512, 768, 1024, 1328)
+    }
+
+    assert facts["run"]["share_of_floor"] == facts["floor_seconds_per_step"] / 0.5
+    text = format_estimate(facts)
+    assert "not measured on a GPU" in text and "recompute full" in text
+    assert len([line for line in text.splitlines() if line.endswith(" GB")]) == 12
+
+
+def test_plan_refuses_in_one_line(train_shards: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "none")])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
