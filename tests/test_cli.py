@@ -225,8 +225,9 @@ def test_wrong_settings_are_said_by_one_process(
     assert result.stderr.endswith("error: known to this process only\n")
 
 
+@pytest.mark.parametrize("command", ["precompute", "train"])
 def test_num_processes_launches_unless_already_a_child(
-    stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    command: str, stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import qwen_lora.train.launch
 
@@ -237,15 +238,25 @@ def test_num_processes_launches_unless_already_a_child(
         return 143
 
     monkeypatch.setattr(qwen_lora.train.launch, "launch_processes", launch)
-    monkeypatch.setattr(sys, "argv", ["qwen-lora", "train", "--num-processes", "3"])
-    result = invoke("train", "--num-processes", "3")
+    monkeypatch.setattr(sys, "argv", ["qwen-lora", command, "--num-processes", "3"])
+    result = invoke(command, "--num-processes", "3")
     assert result.exit_code == 143
-    assert launched == [(["train", "--num-processes", "3"], 3)]
-    assert "train" not in stages and result.stderr == ""
+    assert launched == [([command, "--num-processes", "3"], 3)]
+    assert command not in stages and result.stderr == ""
 
     monkeypatch.setenv("RANK", "0")
-    assert invoke("train", "--num-processes", "3").exit_code == 0
-    assert len(launched) == 1 and stages["train"].num_processes == 3
+    assert invoke(command, "--num-processes", "3").exit_code == 0
+    assert len(launched) == 1 and stages[command].num_processes == 3
+
+
+def test_a_dry_run_launches_nothing(
+    stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qwen_lora.train.launch
+
+    monkeypatch.setattr(qwen_lora.train.launch, "launch_processes", None)
+    assert invoke("precompute", "--num-processes", "3", "--dry-run").exit_code == 0
+    assert stages["precompute"].num_processes == 3
 
 
 # ---- the other commands ----------------------------------------------------------------------

@@ -21,6 +21,10 @@ SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting; wins over the file. Repeatable."),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option("--num-processes", metavar="N", min=1, help="Devices to use. [default: 1]"),
+]
 # ---- precompute ------------------------------------------------------------------------------
 Dataset = Annotated[
     Path | None,
@@ -96,10 +100,6 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="S", min=0, help="Seed of every choice. [default: 0]"),
 ]
-Processes = Annotated[
-    int | None,
-    typer.Option("--num-processes", metavar="N", min=1, help="Devices to train on. [default: 1]"),
-]
 PreviewVae = Annotated[
     bool,
     typer.Option("--preview-vae", help="Exact previews: load the VAE's decoder for them."),
@@ -116,6 +116,7 @@ def precompute(
     state_dir: StateDir = None,
     config: Config = None,
     resolution: Resolutions = None,
+    num_processes: Processes = None,
     sync: SyncOption = False,
     yes: Yes = False,
     dry_run: DryRun = False,
@@ -143,10 +144,14 @@ def precompute(
             "shards_dir": output,
             "state_dir": state_dir,
             "data_config.img_size": resolution,
+            "num_processes": num_processes,
             "captions_in_shards": False if no_captions else None,
             "source_names": False if no_source_names else None,
         },
+        may_launch=not dry_run,
     )
+    if not dry_run:
+        _launch_if_asked(settings)
     from qwen_lora.precompute.run import precompute as run
 
     summary = run(settings, dry_run=dry_run, sync=sync, yes=yes)
@@ -189,10 +194,7 @@ def train(
             "preview_vae": preview_vae or None,
         },
     )
-    if settings.num_processes > 1 and not _is_child():
-        from qwen_lora.train.launch import launch_processes
-
-        raise typer.Exit(launch_processes(sys.argv[1:], settings.num_processes))
+    _launch_if_asked(settings)
     from qwen_lora.train.run import train as run
 
     result = run(settings, restart=restart)
@@ -200,8 +202,17 @@ def train(
         print(result.lora)
 
 
-def _is_child() -> bool:
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+def _launches(settings: Settings) -> bool:
+    """Whether other processes do the work: this one is no child yet."""
+    is_child = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    return settings.num_processes > 1 and not is_child
+
+
+def _launch_if_asked(settings: Settings) -> None:
+    if _launches(settings):
+        from qwen_lora.train.launch import launch_processes
+
+        raise typer.Exit(launch_processes(sys.argv[1:], settings.num_processes))
 
 
 def _speaks() -> bool:
@@ -213,6 +224,8 @@ def _settings(
     config: Path | None,
     set_options: list[str] | None,
     options: dict[str, Any],
+    *,
+    may_launch: bool = True,
 ) -> Settings:
     """Load them and say on stderr what they are."""
     from qwen_lora.config.load import load_settings
@@ -220,8 +233,9 @@ def _settings(
 
     notes: list[str] = []
     settings = load_settings(command, config, set_options or (), options, notes=notes)
-    launches = command == "train" and settings.num_processes > 1 and not _is_child()
-    if _speaks() and not launches:  # with several processes the first of them says it
+    if _speaks() and not (
+        may_launch and _launches(settings)
+    ):  # with several processes the first of them says it
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         print(describe(command, settings), file=sys.stderr)

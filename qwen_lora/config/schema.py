@@ -45,6 +45,13 @@ class CommonSettings(Section):
     shard_cache_gib: float = setting(
         100.0, "Most GiB of downloads kept.", command="both", changes="nothing", gt=0
     )
+    num_processes: int = setting(
+        1,
+        "Devices; the command starts that many processes.",
+        command="both",
+        changes="nothing",
+        ge=1,
+    )
     seed: int = setting(
         0, "Seed of every random choice.", command="both", changes="result", ge=0, lt=2**63
     )

@@ -68,13 +68,6 @@ class TrainSettings(Section):
     max_train_steps: int = setting(
         3000, "Optimizer steps.", command="train", changes="result", ge=1
     )
-    num_processes: int = setting(
-        1,
-        "Devices; the command starts that many processes.",
-        command="train",
-        changes="nothing",
-        ge=1,
-    )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
         "auto",
         "Compute type of the transformer; auto: bf16 on a GPU that has it, no on a CPU.",

@@ -171,10 +171,16 @@ def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings, publis
 
 
 @pytest.mark.multiprocess
-def test_two_processes_make_the_bytes_of_one(settings, unbroken, published):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+@pytest.mark.parametrize(
+    ("launch", "options"),
+    [
+        ([], ["--num-processes", "2"]),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], []),
+    ],
+)
+def test_two_processes_make_the_bytes_of_one(launch, options, settings, unbroken, published):
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "qwen_lora", *command(settings)],
+        [sys.executable, *launch, "-m", "qwen_lora", *command(settings), *options],
         env=environment(),
         timeout=240,
         capture_output=True,
