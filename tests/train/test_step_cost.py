@@ -135,8 +135,9 @@ def test_bytes_are_those_of_a_real_pass(
         assert kept + cost.workspace == pytest.approx(found.peak, rel=0.01), way
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize(
+    ("dtype", "targets"), [(torch.bfloat16, "attention"), (torch.float32, "all-linear")], ids=str
+)
 def test_what_autograd_saves(tmp_path: Path, dtype: torch.dtype, targets: str) -> None:
     """Counted another way: the storages that autograd packs, without parameters."""
     changes = {"lora_targets": targets, "modulation_table": False, "rank": 4}
@@ -170,7 +171,7 @@ def test_full_recomputation_keeps_the_blocks_inputs(tmp_path: Path) -> None:
     assert inputs < cost.activations < 1.03 * inputs
 
 
-@pytest.mark.parametrize("way", ["none", "full", "1", "3"])
+@pytest.mark.parametrize("way", ["none", "full", "3"])
 def test_a_deep_model_from_shallow_ones(tmp_path: Path, way: str) -> None:
     """Three blocks and four tell of seven. With some blocks the peak may be a little too high."""
     deep = step_model(tmp_path, torch.bfloat16, small(num_layers=7))
@@ -272,7 +273,7 @@ def test_flops_are_torchs_counters(tmp_path: Path, way: str) -> None:
         assert model.cost(shape, Recompute.parse(way)).flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("side", [512, 1328])
+@pytest.mark.parametrize("side", [1024])
 def test_flops_of_the_real_model(tmp_path: Path, side: int) -> None:
     """2 x tokens x weights in linears, 4 S^2 D in attention and 2.5 times that in its backward
     pass; the base's weights get no gradient. The LoRA and the last block's text are on top."""

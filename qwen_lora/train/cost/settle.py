@@ -33,6 +33,7 @@ def settle_recompute(
     if memory is None:
         if device.type != "cuda":
             return fixed_recompute(settings) or Recompute("full")
+        torch.cuda.empty_cache()  # what measuring attention has left counts as free
         memory = torch.cuda.mem_get_info(device)
     free, total = memory
     loads = bucket_loads(table, rule)

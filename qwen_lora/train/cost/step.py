@@ -162,10 +162,18 @@ class StepModel:
     def _trace(self, blocks: int, shape: Shape, recompute: Recompute) -> Traced:
         key = (blocks, shape, recompute)
         if key not in self._traced:
-            self._traced[key] = self._run(self._skeleton(blocks).transformer, shape, recompute)
+            warm = any(
+                (count, other.latent_size) == (blocks, shape.latent_size)
+                for count, other, _ in self._traced
+            )
+            self._traced[key] = self._run(
+                self._skeleton(blocks).transformer, shape, recompute, warm
+            )
         return self._traced[key]
 
-    def _run(self, transformer: torch.nn.Module, shape: Shape, recompute: Recompute) -> Traced:
+    def _run(
+        self, transformer: torch.nn.Module, shape: Shape, recompute: Recompute, warm: bool
+    ) -> Traced:
         options = ForwardOptions(own=self.settings.own_forward, recompute=recompute)
         self.family.prepare_training(transformer, options)
         size = (shape.batch, self._channels, *shape.latent_size)
@@ -185,7 +193,8 @@ class StepModel:
                 torch.ones(shape.batch),
                 weighting_scheme=self.settings.loss_weighting,
                 family=self.family,
-            )
+            ),
+            warm=warm,
         )
         inputs = sum(tensor.numel() * tensor.element_size() for tensor in (latents, noise, *texts))
         return replace(found, kept=found.kept + inputs, peak=found.peak + inputs)

@@ -30,10 +30,12 @@ class Traced:
     backward_flops: int  # recomputation included
 
 
-def trace(forward: Callable[[], torch.Tensor], device: str = "meta") -> Traced:
-    """Run `forward`, which returns losses, and the backward pass of their sum."""
-    with _flash_attention(), torch.no_grad():
-        forward()  # what is made once and kept (rotations) belongs to no step
+def trace(forward: Callable[[], torch.Tensor], device: str = "meta", warm: bool = False) -> Traced:
+    """Run `forward`, which returns losses, and the backward pass of their sum. warm: it has run
+    before, with images of this size."""
+    if not warm:
+        with _flash_attention(), torch.no_grad():
+            forward()  # what is made once and kept (rotations) belongs to no step
     with _flash_attention(), Live(device) as live:
         losses = forward()
         kept, flops = live.bytes, live.flops
