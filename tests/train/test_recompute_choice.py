@@ -16,7 +16,7 @@ from qwen_lora.families.base import Recompute
 from qwen_lora.models import resolve_model
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.cost.choice import GIB, RESERVE, choose, too_small, usable_bytes, what_fits
-from qwen_lora.train.cost.estimate import format_estimate
+from qwen_lora.train.cost.estimate import format_estimate, peaks_of
 from qwen_lora.train.cost.settle import settle_recompute
 from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
@@ -88,6 +88,15 @@ def test_the_reserve() -> None:
     assert usable_bytes(8 * GIB) == 7 * GIB
     assert usable_bytes(80 * GIB) == 76 * GIB
     assert usable_bytes(80 * GIB, free=40 * GIB) == 36 * GIB
+
+
+def test_sizes_between_are_interpolated(tmp_path: Path) -> None:
+    """Of the real model; the others lie within 10 MiB of it."""
+    model = step_model(tmp_path, torch.bfloat16, REAL)
+    shapes = [Shape((side // 8, side // 8), (256,)) for side in (512, 1024, 1328)]
+    for way in ("full", "none"):
+        found = peaks_of(model, shapes, Recompute(way))
+        assert found[1] == pytest.approx(model.cost(shapes[1], Recompute(way)).peak, abs=10 << 20)
 
 
 # ---- which micro-batch is the largest ------------------------------------------------------------

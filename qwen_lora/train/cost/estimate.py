@@ -174,20 +174,35 @@ def _table(
     model: ModelFolder, settings: Settings, dtype: torch.dtype, load: BucketLoad
 ) -> list[dict[str, Any]]:
     """Square images with this run's batch, text and LoRA."""
-    family, rows = model.family, []
+    batches = _rule(settings).sizes(np.array([[side, side] for side in SIDES], np.int32)).tolist()
+    ways = WAYS if settings.own_forward else ("full", "none")
+    rows = []
     for precision in PRECISIONS:
         other = settings.model_copy(update={"base_precision": precision})
         step_model = StepModel(model, other, dtype)
-        for side in SIDES:
-            batch = int(_rule(settings).sizes(np.array([[side, side]], np.int32))[0])
-            texts = (load.longest,) * batch
-            shape = Shape(latent_size(family, (side, side)), texts)
+        shapes = [
+            Shape(latent_size(model.family, (side, side)), (load.longest,) * batch)
+            for side, batch in zip(SIDES, batches, strict=True)
+        ]
+        peaks = {way: peaks_of(step_model, shapes, Recompute.parse(way)) for way in ways}
+        for index, side in enumerate(SIDES):
             row: dict[str, Any] = {"base_precision": precision, "side": side}
-            for way in WAYS if settings.own_forward else ("full", "none"):
-                peak = step_model.cost(shape, Recompute.parse(way)).peak
+            for way in ways:
+                peak = peaks[way][index]
                 row[way] = {"gib": round(peak / GIB, 4), "card_gb": smallest_card(peak)}
             rows.append(row)
     return rows
+
+
+def peaks_of(model: StepModel, shapes: Sequence[Shape], recompute: Recompute) -> list[int]:
+    """Of shapes that differ in image size. For one batch size bytes are linear in image tokens, up
+    to a change of the worst moment, so the two ends tell the others."""
+    if len({shape.text_tokens for shape in shapes}) > 1:
+        return [model.cost(shape, recompute).peak for shape in shapes]
+    first, last = (model.cost(shape, recompute).peak for shape in (shapes[0], shapes[-1]))
+    tokens = [model.family.image_tokens(shape.latent_size) for shape in shapes]
+    slope = (last - first) / (tokens[-1] - tokens[0])
+    return [round(first + slope * (count - tokens[0])) for count in tokens]
 
 
 # ---- time ----------------------------------------------------------------------------------------
