@@ -37,6 +37,7 @@ from qwen_lora.families.base import ForwardOptions, Recompute
 from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
 from qwen_lora.posix import peak_rss_gib
 from qwen_lora.shards.reader import ShardSet
+from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.lora import LoraSpec, add_lora
 from qwen_lora.train.timesteps import TimestepSampling
 
@@ -119,6 +120,13 @@ def make_loop(
         model, ForwardOptions(way != "plain", Recompute.parse(recompute), compiled)
     )
     model.train()
+    tokens = (options.px // 16) ** 2 + options.tokens
+    shape = (batch, options.heads, tokens, HEAD)
+    measure_kernel = measure_on(accelerator.device, dtype, shape)
+    chosen = choose_attention("auto", accelerator.device, measure_kernel)
+    use_attention(chosen)
+    print(f"attention: {chosen or 'torch'}", file=sys.stderr)
+    torch.cuda.reset_peak_memory_stats() if options.cuda else None
     sampling = TimestepSampling(compute_dtype=dtype)
     return our_loop(model, shards, batch, folder, accelerator, sampling)
 
@@ -129,8 +137,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_set(folder / "set", max(SAMPLES, batch), options.px, options.tokens)
-        with ShardSet.open(folder / "set") as shards, contextlib.redirect_stderr(io.StringIO()):
+        with ShardSet.open(folder / "set") as shards, contextlib.ExitStack() as quiet:
             run = make_loop(options, shards, folder, batch)
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             run(options.warm_up)
             taken = []
             for _ in range(options.repeats):
