@@ -61,8 +61,9 @@ def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
 
 
 def _ways(model: StepModel, shape: Shape, usable: int | None) -> Iterator[Recompute]:
+    # Not selective: torch keeps its books operator by operator, which cost more on an H200 than
+    # recomputing whole blocks (benchmarks/README.md).
     yield Recompute("none")
-    yield Recompute("selective")
     for blocks in range(1, model.blocks):
         some = Recompute("some", blocks)
         if usable is None or model.cost(shape, some).peak <= usable:

@@ -88,7 +88,6 @@ def estimate(
         "max_train_steps": settings.max_train_steps,
         "floor_seconds": seconds * settings.max_train_steps,
         "table": _table(model, settings, dtype, load),
-        "measured_on_gpu": False,
     }
     if choice.missing:
         facts["does_not_fit"] = too_small(step_model, shape, choice)
@@ -276,8 +275,9 @@ def format_estimate(facts: dict[str, Any]) -> str:
         )
     lines += ["", *_table_lines(facts["table"]), ""]
     lines.append(
-        "These numbers are arithmetic from the model's config, not measured on a GPU; without "
-        "torch.compile. Cards: GiB + 5 %, at least 1 GiB, for what is not counted."
+        "Arithmetic from the model's config. On an H200 the peaks of bf16 at 512 and 1024 px were "
+        "within 1 % of it, with compile lower; int8 and nf4 were not measured. Cards: GiB + 5 %, at "
+        "least 1 GiB, for what is not counted."
     )
     return "\n".join(lines)
 
