@@ -11,6 +11,7 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
+from qwen_lora.families.base import Recompute
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.manifest import load_manifest
 from qwen_lora.train.transformer import (
@@ -77,7 +78,8 @@ def test_float16_warns(model: ModelFolder, capsys: pytest.CaptureFixture[str]) -
 def test_gradient_checkpointing_is_a_setting(model: ModelFolder, on: bool, own: bool) -> None:
     settings = Settings(gradient_checkpointing=on, own_forward=own)
     loaded: Any = load_base(model, settings, CPU)
-    model.family.prepare_training(loaded, forward_options(settings))
+    recompute = Recompute("full" if on else "none")
+    model.family.prepare_training(loaded, forward_options(settings, recompute))
     assert loaded.is_gradient_checkpointing == (on and not own)
     assert hasattr(loaded, "own_forward") == own
     assert not own or loaded.own_forward.recompute.kind == ("full" if on else "none")
