@@ -101,7 +101,7 @@ class TrainSettings(Section):
         command="train",
         changes="result",
     )
-    compile: bool = setting(
+    compile_blocks: bool = setting(
         False,
         "torch.compile of the transformer's blocks. The same up to rounding.",
         command="train",

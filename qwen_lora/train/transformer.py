@@ -85,7 +85,9 @@ def load_base(
 
 def forward_options(settings: Settings, recompute: Recompute) -> ForwardOptions:
     """How the transformer is to run; recompute: what `train.cost.choice` made of the settings."""
-    return ForwardOptions(own=settings.own_forward, recompute=recompute, compiled=settings.compile)
+    return ForwardOptions(
+        own=settings.own_forward, recompute=recompute, compiled=settings.compile_blocks
+    )
 
 
 def uses_table(settings: Settings, dtype: torch.dtype) -> bool:

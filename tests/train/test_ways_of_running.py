@@ -71,7 +71,7 @@ def test_compiled_learns_the_same(run: Any, precision: str, recompute: str) -> N
         "gradient_checkpointing": recompute != "none",
         "recompute": "full" if recompute == "none" else recompute,
     }
-    eager, compiled = run("eager", **how), run("compiled", compile=True, **how)
+    eager, compiled = run("eager", **how), run("compiled", compile_blocks=True, **how)
     np.testing.assert_allclose(
         curve(compiled), curve(eager), rtol=1e-4 if precision == "no" else 0.05
     )

@@ -276,8 +276,8 @@ def format_estimate(facts: dict[str, Any]) -> str:
     lines += ["", *_table_lines(facts["table"]), ""]
     lines.append(
         "Arithmetic from the model's config. On an H200 the peaks of bf16 at 512 and 1024 px were "
-        "within 1 % of it, with compile lower; int8 and nf4 were not measured. Cards: GiB + 5 %, "
-        "at least 1 GiB, for what is not counted."
+        "within 1 % of it, lower with compile_blocks; int8 and nf4 were not measured. Cards: GiB + "
+        "5 %, at least 1 GiB, for what is not counted."
     )
     return "\n".join(lines)
 
