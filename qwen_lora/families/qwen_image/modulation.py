@@ -29,7 +29,6 @@ from qwen_lora.errors import QwenLoraError
 from qwen_lora.families.qwen_image.adapted import ADAPTER
 
 LAYERS = ("img_mod.1", "txt_mod.1")
-FORMAT = 1
 
 
 def bf16_levels() -> torch.Tensor:

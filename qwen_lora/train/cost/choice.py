@@ -61,8 +61,7 @@ def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
 
 
 def _ways(model: StepModel, shape: Shape, usable: int | None) -> Iterator[Recompute]:
-    # Not selective: torch keeps its books operator by operator, which cost more on an H200 than
-    # recomputing whole blocks (benchmarks/README.md).
+    # Not selective: on an H200 it took longer than recomputing whole blocks (docs/speed.md).
     yield Recompute("none")
     for blocks in range(1, model.blocks):
         some = Recompute("some", blocks)
