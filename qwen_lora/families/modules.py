@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+ADAPTER = "default"  # the name that PEFT's layers know our LoRA by
+
 
 def unwrap(transformer: Any) -> Any:
     """The model inside torch.compile's and DistributedDataParallel's wrappers."""

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.families.modules import ADAPTER
 from qwen_lora.hashing import canonical_json
 from qwen_lora.posix import write_atomic
-from qwen_lora.train.lora import ADAPTER, LoraSpec, lora_layers
+from qwen_lora.train.lora import LoraSpec, lora_layers
 
 DIFFUSERS_KEY = "lora_adapter_metadata"  # where diffusers' write_lora_layers puts the config
 OWN_KEY = "qwen_lora"

@@ -22,9 +22,9 @@ from peft.tuners.lora import LoraLayer
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.base import Family
+from qwen_lora.families.modules import ADAPTER
 from qwen_lora.hashing import hash_json
 
-ADAPTER = "default"
 INITS = ("gaussian", "kaiming", "orthogonal")
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-ADAPTER = "default"
+from qwen_lora.families.modules import ADAPTER
 
 
 def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Rotations:
-    """Unit complex numbers that turn queries and keys; `real`: as (cos, sin), for compilers."""
+    """Unit complex numbers that turn queries and keys, or their (cos, sin), for compilers."""
 
     image: torch.Tensor | Pair  # [n, 1, d / 2]
     text: torch.Tensor | Pair  # [T, 1, d / 2], or of all prompts one behind the other

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 
 from qwen_lora.cache_folder import cache_folder
 from qwen_lora.families.base import ForwardOptions
-from qwen_lora.families.qwen_image.adapted import ADAPTER
+from qwen_lora.families.modules import ADAPTER
 from qwen_lora.families.qwen_image.blocks import Lengths, Pair, Rotations, join_texts, run_block
 from qwen_lora.families.qwen_image.modulation import modulation_rows
 
@@ -44,12 +44,6 @@ class OwnForward:
             for layer in loras
             for dropout in layer.lora_dropout.values()
         )
-
-
-def is_supported(transformer: Any) -> bool:
-    """Whether the model is one that `predict` knows: no extra time condition, no guidance."""
-    config = transformer.config
-    return not (config.get("use_additional_t_cond") or config.get("guidance_embeds"))
 
 
 def _compiled(function: Block) -> Block:

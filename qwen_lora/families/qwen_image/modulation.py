@@ -26,7 +26,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from qwen_lora.errors import QwenLoraError
-from qwen_lora.families.qwen_image.adapted import ADAPTER
+from qwen_lora.families.modules import ADAPTER
 
 LAYERS = ("img_mod.1", "txt_mod.1")
 

@@ -18,7 +18,7 @@ from qwen_lora.errors import InputError
 from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.modules import compute_dtype, unwrap
 from qwen_lora.families.qwen_image.constants import PATCH
-from qwen_lora.families.qwen_image.forward import OwnForward, is_supported, predict
+from qwen_lora.families.qwen_image.forward import OwnForward, predict
 from qwen_lora.families.qwen_image.loading import (
     empty_module,
     load_weights,
@@ -139,7 +139,9 @@ def make_modulation_table(
 def prepare_training(transformer: torch.nn.Module, options: ForwardOptions) -> None:
     """See `families.base.Family.prepare_training`."""
     model: Any = unwrap(transformer)
-    if options.own and is_supported(model):
+    if model.config.get("use_additional_t_cond"):
+        raise InputError("this transformer wants a second time condition, which no training has")
+    if options.own:
         model.own_forward = OwnForward(model, options)
     elif options.recompute.kind != "none":
         model.enable_gradient_checkpointing()
