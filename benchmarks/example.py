@@ -64,26 +64,14 @@ def cached_batches(
     return latents, embeds
 
 
-def example_loop(
+def make_loss(
     model: torch.nn.Module,
-    shards: ShardSet,
-    batch: int,
-    px: int,
-    accelerator: Accelerator,
-    *,
-    pixels: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Callable[[int], None]:
-    """A function that trains the given number of steps the example's way."""
-    device = accelerator.device
-    latents, embeds = cached_batches(shards, batch, device, dtype)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    loader = torch.utils.data.DataLoader(
-        Images(len(shards), px, pixels), batch_size=batch, shuffle=False, collate_fn=collate
-    )
-    schedule = get_scheduler("constant", optimizer=optimizer)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    latents: list[Any],
+    embeds: list[torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[int], torch.Tensor]:
+    """The loss of the batch of that number, computed as the example does."""
     noise_scheduler = copy.deepcopy(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
     shape = (1, CHANNELS, 1, 1, 1)
     mean, inverse_std = (make(shape, device=device) for make in (torch.zeros, torch.ones))
@@ -122,6 +110,31 @@ def example_loop(
         weight = compute_loss_weighting_for_sd3(weighting_scheme="none", sigmas=sigmas)
         error = weight.float() * (predicted.float() - (noise - clean).float()) ** 2
         return error.reshape(len(clean), -1).mean(1).mean()
+
+    return loss_of
+
+
+def example_loop(
+    model: torch.nn.Module,
+    shards: ShardSet,
+    batch: int,
+    px: int,
+    accelerator: Accelerator,
+    *,
+    pixels: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[int], None]:
+    """A function that trains the given number of steps the example's way."""
+    device = accelerator.device
+    latents, embeds = cached_batches(shards, batch, device, dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    loader = torch.utils.data.DataLoader(
+        Images(len(shards), px, pixels), batch_size=batch, shuffle=False, collate_fn=collate
+    )
+    schedule = get_scheduler("constant", optimizer=optimizer)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    loss_of = make_loss(model, latents, embeds, device, dtype)
 
     def run(steps: int) -> None:
         done = 0
