@@ -80,6 +80,10 @@ class ForwardOptions:
     own: bool = True  # this project's forward pass; False: diffusers'
     recompute: Recompute = Recompute()
     compiled: bool = False  # torch.compile, once for all blocks
+    # How many blocks' base weights stay on the device; the others are in host memory and are copied
+    # for each use. None: as they were loaded.
+    blocks_on_device: int | None = None
+    offload_activations: bool = False  # what recomputed blocks keep, to host memory meanwhile
 
 
 class PromptTokenizer(Protocol):
@@ -167,10 +171,12 @@ class Family(Protocol):
         dtype: torch.dtype,
         base_precision: str = "bf16",
         modulation_table: Path | None = None,
+        blocks_on_device: int | None = None,
     ) -> torch.nn.Module:
         """The frozen transformer in eval mode. base_precision int8 or nf4 replaces the block
         Linears with bitsandbytes' while loading; any other value leaves `dtype`. With a file that
-        `make_modulation_table` made, the weights that it stands for are not loaded."""
+        `make_modulation_table` made, the weights that it stands for are not loaded. Of the blocks
+        all but `blocks_on_device` go to host memory one by one; None: all stay."""
         ...
 
     def block_count(self, config: Mapping[str, Any]) -> int:

@@ -87,6 +87,7 @@ class QwenImage:
         dtype: torch.dtype,
         base_precision: str = "bf16",
         modulation_table: Path | None = None,
+        blocks_on_device: int | None = None,
     ) -> torch.nn.Module:
         from qwen_lora.families.qwen_image.transformer import load_transformer
 
@@ -96,6 +97,7 @@ class QwenImage:
             dtype=dtype,
             base_precision=base_precision,
             modulation_table=modulation_table,
+            blocks_on_device=blocks_on_device,
         )
 
     def block_count(self, config: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,10 @@ from torch.utils.checkpoint import (
 from qwen_lora.cache_folder import cache_folder
 from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.modules import ADAPTER
+from qwen_lora.families.offload import ActivationOffload
 from qwen_lora.families.qwen_image.blocks import Lengths, Pair, Rotations, join_texts, run_block
 from qwen_lora.families.qwen_image.modulation import modulation_rows
+from qwen_lora.families.streaming import BlockStreamer
 
 Block = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -37,6 +40,10 @@ class OwnForward:
         self.recompute = options.recompute
         self.compiled = options.compiled
         self.run_block: Block = _compiled(run_block) if options.compiled else run_block
+        self.streamer: BlockStreamer | None = getattr(transformer, "streamer", None)
+        self.offload: ActivationOffload | None = None
+        if options.offload_activations:
+            self.offload = ActivationOffload(transformer.img_in.weight.device)
         loras = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
         self.lora_ranks = {layer.r[ADAPTER] for layer in loras}
         self.draws = any(
@@ -44,6 +51,25 @@ class OwnForward:
             for layer in loras
             for dropout in layer.lora_dropout.values()
         )
+
+    def begin(self) -> None:
+        for part in (self.streamer, self.offload):
+            if part is not None:
+                part.begin()
+
+    def way(self, index: int, blocks: int, run: Block) -> Block:
+        """How to run block `index` now; its weights are on the device from here on."""
+        streamed = False
+        if self.streamer is not None:
+            self.streamer.enter(index)
+            streamed = index in self.streamer
+            run = self.streamer.reentering(index, run)
+        if not torch.is_grad_enabled():
+            return run
+        if not (streamed or self.recompute.applies_to(index, blocks)):
+            return run
+        run = _recomputed(run, self)
+        return run if self.offload is None else _within(self.offload.keeping(index), run)
 
 
 def _compiled(function: Block) -> Block:
@@ -82,10 +108,9 @@ def predict(
     if block_of is not run_block:
         _mark_token_counts(image, text, rotations)
     last = len(transformer.transformer_blocks) - 1
+    how.begin()
     for index, block in enumerate(transformer.transformer_blocks):
-        run = block_of
-        if torch.is_grad_enabled() and how.recompute.applies_to(index, last + 1):
-            run = _recomputed(block_of, how)
+        run = how.way(index, last + 1, block_of)
         image_rows, text_rows = rows(index)
         image, text = run(
             block, image, text, image_rows, text_rows, rotations, lengths, index == last
@@ -100,6 +125,14 @@ def _recomputed(run: Block, how: OwnForward) -> Block:
             create_selective_checkpoint_contexts, _keep_products(how.lora_ranks)
         )
     return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=how.draws, **context)
+
+
+def _within(context: AbstractContextManager[Any], run: Block) -> Block:
+    def inside(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with context:
+            return run(*args)
+
+    return inside
 
 
 _KEPT = {

@@ -53,11 +53,13 @@ def load_weights(
     dtype: torch.dtype,
     rename: Callable[[str], str | None] = lambda key: key,
     reshape: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    placed: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Fill every parameter of an empty module from a component's safetensors files, frozen.
 
     rename: checkpoint key -> parameter name, or None for a weight that is not needed.
     reshape: makes a checkpoint tensor the parameter's; it gets the parameter's name.
+    placed: is told the name of each parameter that is there.
     Raises InputError when names or shapes do not fit the module: weights and config disagree.
     """
     missing = dict(module.named_parameters())
@@ -75,6 +77,7 @@ def load_weights(
                 f"{list(parameter.shape)}"
             )
         _place(module, name, tensor, device, dtype)
+        placed(name)
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} weights, the first is {min(missing)!r}")
     module.to(device)  # buffers; parameters are there already

@@ -32,6 +32,7 @@ from qwen_lora.families.qwen_image.modulation import (
     bf16_levels,
     write_table,
 )
+from qwen_lora.families.streaming import BlockStreamer, spread, stream_more
 from qwen_lora.models import ModelFolder
 from qwen_lora.progress import Progress
 
@@ -61,6 +62,7 @@ def load_transformer(
     dtype: torch.dtype,
     base_precision: str,
     modulation_table: Path | None = None,
+    blocks_on_device: int | None = None,
 ) -> torch.nn.Module:
     """See `families.base.Family.load_transformer`."""
     transformer = make_empty(model)
@@ -83,8 +85,43 @@ def load_transformer(
         return None if tabled else key
 
     folder = model.component("transformer")
-    load_weights(transformer, folder, device=device, dtype=dtype, rename=name_of)
+    filling = None
+    if blocks_on_device is not None:
+        filling = _Filling(transformer, blocks_on_device, device)
+    load_weights(
+        transformer,
+        folder,
+        device=device,
+        dtype=dtype,
+        rename=name_of,
+        placed=filling.placed if filling else lambda name: None,
+    )
+    if filling:
+        filling.streamer.finish()
+        transformer.streamer = filling.streamer
     return cast(torch.nn.Module, transformer)
+
+
+class _Filling:
+    """Moves each streamed block to the host as soon as the last of its weights is loaded."""
+
+    def __init__(self, transformer: Any, on_device: int, device: torch.device) -> None:
+        self._blocks = transformer.transformer_blocks
+        self.streamer = BlockStreamer(device)
+        self._missing = {
+            index: {name for name, _ in self._blocks[index].named_parameters()}
+            for index in spread(len(self._blocks), max(0, len(self._blocks) - on_device))
+        }
+
+    def placed(self, name: str) -> None:
+        owner, _, rest = name.partition(".")
+        number, _, leaf = rest.partition(".")
+        if owner != "transformer_blocks" or int(number) not in self._missing:
+            return
+        index = int(number)
+        self._missing[index].discard(leaf)
+        if not self._missing[index]:
+            self.streamer.store(index, self._blocks[index])
 
 
 def make_empty(model: ModelFolder, blocks: int | None = None) -> Any:
@@ -141,6 +178,10 @@ def prepare_training(transformer: torch.nn.Module, options: ForwardOptions) -> N
     model: Any = unwrap(transformer)
     if model.config.get("use_additional_t_cond"):
         raise InputError("this transformer wants a second time condition, which no training has")
+    if options.blocks_on_device is not None:
+        if getattr(model, "streamer", None) is None:
+            model.streamer = BlockStreamer(model.img_in.weight.device)
+        stream_more(model.streamer, model.transformer_blocks, options.blocks_on_device)
     if options.own:
         model.own_forward = OwnForward(model, options)
     elif options.recompute.kind != "none":

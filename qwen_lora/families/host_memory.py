@@ -1,0 +1,50 @@
+# ruff: noqa: TID253
+"""Host memory that a GPU copies from and to without help of the processor."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+
+CUDA: Any = torch.cuda  # much of it has no types
+
+
+def host_buffer(size: int, device: torch.device) -> torch.Tensor:
+    """[size] uint8 on the CPU, page-locked if `device` is a GPU. Where locking is refused (limits
+    of the system) the memory is ordinary, and a warning says so once: copies are then slower and
+    nothing is computed meanwhile.
+
+    Not torch's own pinned memory: that takes the next power of two of bytes.
+    """
+    pages = mmap.mmap(-1, max(size, 1))
+    buffer = torch.frombuffer(pages, dtype=torch.uint8)[:size]
+    if device.type == "cuda" and not _lock(buffer, pages):
+        _warn_once()
+    return buffer
+
+
+def _lock(buffer: torch.Tensor, pages: mmap.mmap) -> bool:
+    cudart, address = CUDA.cudart(), buffer.data_ptr()
+    CUDA.init()
+    if int(cudart.cudaHostRegister(address, len(pages), 0)) != 0:
+        try:  # the refusal stays behind as the last error, and the next kernel would report it
+            torch.zeros(1, device="cuda")
+        except RuntimeError:
+            pass
+        return False
+    weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
+    return True
+
+
+@cache
+def _warn_once() -> None:
+    print(
+        "warning: page-locked memory was refused (see ulimit -l; on WSL2 the limit is half of the "
+        "memory); copies to the GPU will be slow",
+        file=sys.stderr,
+    )
