@@ -1,0 +1,124 @@
+"""Activations that wait on the host come back bit for bit, one block ahead, into memory that is
+used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_lora.families.offload import ActivationOffload
+from qwen_lora.train.cost.shapes import Shape
+from tests.families.test_streaming import (
+    BLOCKS,
+    Poisoned,
+    check_equal,
+    step_of,
+    streamer_is,
+    trained,
+)
+
+__all__ = ["streamer_is"]
+
+
+class Poisoning(ActivationOffload):
+    """Overwrites host memory that is given back, and logs what is fetched for which block."""
+
+    log: list[tuple[str, int]]
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        buffer.fill_(0xFF)
+        super().give_back(buffer)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if hasattr(packed, "block"):
+            self.log.append(("used", packed.block))
+        return super()._unpack(packed)
+
+    def _fetch(self, kept: Any) -> None:
+        if kept.fetched is None:
+            self.log.append(("fetched", kept.block))
+        super()._fetch(kept)
+
+
+@pytest.fixture(autouse=True)
+def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_lora.families.qwen_image import forward
+
+    monkeypatch.setattr(forward, "ActivationOffload", Poisoning)
+    monkeypatch.setattr(Poisoning, "log", [], raising=False)
+
+
+@pytest.mark.parametrize("on_device", [None, 0, 3])
+@pytest.mark.parametrize("way", ["full", "selective", "3"])
+def test_not_a_bit_differs(
+    tmp_path: Path, streamer_is: Callable[..., None], way: str, on_device: int | None
+) -> None:
+    expected = trained(step_of(tmp_path / "a", None, way), steps=2)
+    streamer_is(Poisoned)
+    step = step_of(tmp_path / "b", on_device, way, offload=True)
+    check_equal(trained(step, steps=2), expected)
+    assert Poisoning.log
+
+
+def test_one_block_ahead_and_each_tensor_once(tmp_path: Path) -> None:
+    """Two tensors a block, image and text; the last block's neighbour comes while it computes."""
+    step = step_of(tmp_path, None, offload=True)
+    losses = step.losses()
+    assert not Poisoning.log
+    losses.sum().backward()
+    log = Poisoning.log
+    for block in reversed(range(BLOCKS)):
+        assert log.count(("fetched", block)) == log.count(("used", block)) == 2
+        if block:
+            assert log.index(("fetched", block - 1)) < log.index(("used", block - 1))
+            after = [n for n, entry in enumerate(log) if entry == ("used", block)]
+            assert after[0] < log.index(("fetched", block - 1)), "two blocks ahead"
+
+
+def test_host_memory_is_used_again(tmp_path: Path) -> None:
+    """Over steps, sizes and passes that end early."""
+    step = step_of(tmp_path, None, offload=True)
+    offload = step.transformer.own_forward.offload
+    expected = BLOCKS * (sum(step.shape.text_tokens) + 2 * 24) * 48 * 2  # bytes
+
+    def held() -> int:
+        step.losses().sum().backward()
+        offload.begin()
+        return int(offload.free_bytes)
+
+    assert held() == held() == expected
+    step.losses()  # no backward pass
+    assert held() == expected
+    step.shape = Shape((4, 6), step.shape.text_tokens)
+    step.latents, step.noise = (torch.randn(2, 16, 4, 6) for _ in range(2))
+    assert held() == expected
+    step.shape = Shape((16, 12), step.shape.text_tokens)
+    step.latents, step.noise = (torch.randn(2, 16, 16, 12) for _ in range(2))
+    larger = held()
+    assert held() == larger <= 2.2 * expected
+
+
+def test_no_gradient_no_copy(tmp_path: Path) -> None:
+    step = step_of(tmp_path, None, offload=True)
+    with torch.no_grad():
+        step.losses()
+    assert step.transformer.own_forward.offload.free_bytes == 0
+
+
+def test_what_is_kept_on_the_device(tmp_path: Path) -> None:
+    """A CPU's storages: of all blocks' inputs those of two remain at a time."""
+    from qwen_lora.train.cost.trace import trace
+
+    kept = {}
+    for offload in (False, True):
+        step = step_of(tmp_path / str(offload), None, offload=offload)
+        step.losses().sum().backward()
+        kept[offload] = trace(step.losses, "cpu", warm=True)
+    inputs = (sum(step.shape.text_tokens) + 2 * 24) * 48 * 2
+    saved = kept[False].kept - kept[True].kept
+    assert (BLOCKS - 2) * inputs <= saved <= BLOCKS * inputs
+    assert kept[True].peak < kept[False].peak - (BLOCKS - 4) * inputs
