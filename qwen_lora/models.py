@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ class ModelFolder:
     model_id: str  # hub id, or the bare name of a local folder (never an absolute path)
     revision: str | None  # the commit that was resolved; None for a local folder
     family: Family
+    transformer_file: Path | None = None  # whose weights stand for the transformer folder's
 
     def component(self, name: str) -> Path:
         """The sub-folder of a component. Raises InputError if it is absent."""
@@ -49,20 +50,36 @@ class ModelFolder:
             )
         return folder
 
+    def weights(self, name: str) -> Path:
+        """Where a component's weights are: its folder, or the single file that stands for it."""
+        folder = self.component(name)
+        file = self.transformer_file if name == "transformer" else None
+        return folder if file is None else file
+
     def config(self, name: str) -> dict[str, Any]:
         """A component's config as a dict. Raises InputError if it is absent or not JSON."""
         return _read_json(self.component(name) / CONFIG_NAMES.get(name, "config.json"))
 
 
-def resolve_model(model: str, components: Sequence[str], *, weights: bool = True) -> ModelFolder:
+def resolve_model(
+    model: str,
+    components: Sequence[str],
+    *,
+    weights: bool = True,
+    transformer_file: Path | None = None,
+) -> ModelFolder:
     """Find a model and make sure that `components` are there.
 
     model: a folder in diffusers layout, or a Hugging Face id, optionally `id@revision`; an existing
     folder wins. Of a hub id only the components' folders are downloaded, by huggingface_hub with
-    its own settings (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE); without `weights`, only their configs.
+    its own settings (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE); without `weights`, only their configs. A
+    transformer_file stands for the weights in the transformer's folder, which may then be absent.
     Raises InputError for whatever the user can put right.
     """
     model = str(model)
+    if transformer_file is not None:
+        _check_single_file(transformer_file)
+    weightless = "transformer" if transformer_file is not None else None
     local = Path(model).expanduser()
     match = HUB_ID.fullmatch(model)
     if local.is_dir():
@@ -73,10 +90,13 @@ def resolve_model(model: str, components: Sequence[str], *, weights: bool = True
         raise InputError(f"model {model!r}: no such folder, and not a Hugging Face id (owner/name)")
     else:
         model_id = match["id"]
-        patterns = DOWNLOADED if weights else ("*.json",)
-        path = _download(model_id, match["revision"], components, patterns)
+        files = {
+            name: DOWNLOADED if weights and name != weightless else ("*.json",)
+            for name in components
+        }
+        path = _download(model_id, match["revision"], files)
         revision = path.name
-    found = ModelFolder(path, model_id, revision, _family_of(path, model))
+    found = ModelFolder(path, model_id, revision, _family_of(path, model), transformer_file)
     absent = [name for name in components if not (path / name).is_dir()]
     if absent and revision is not None and (path / "model_index.json").is_file():
         raise InputError(
@@ -86,19 +106,27 @@ def resolve_model(model: str, components: Sequence[str], *, weights: bool = True
         )
     for name in components:
         found.config(name)
-        if weights and name not in WEIGHTLESS:
+        if weights and name not in (*WEIGHTLESS, weightless):
             weight_files(found.component(name))
     return found
 
 
-def _download(
-    model_id: str, revision: str | None, components: Sequence[str], files: Sequence[str]
-) -> Path:
-    """The snapshot folder in the hub cache; its name is the commit."""
+def _check_single_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"transformer file {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"transformer file {path} is no .safetensors file; GGUF and pickles are not read"
+        )
+
+
+def _download(model_id: str, revision: str | None, files: Mapping[str, Sequence[str]]) -> Path:
+    """The snapshot folder in the hub cache; its name is the commit. files: component -> patterns
+    of what to download of it."""
     from huggingface_hub import errors, snapshot_download
 
     patterns = ["model_index.json"]
-    patterns += [f"{name}/{pattern}" for name in components for pattern in files]
+    patterns += [f"{name}/{pattern}" for name, wanted in files.items() for pattern in wanted]
     name = model_id + (f"@{revision}" if revision else "")
 
     def fetch(local: bool) -> Path:
@@ -198,8 +226,8 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str]:
-    """File name -> sha256 of each weight file of a component.
+def weight_hashes(weights: Path, cache_file: Path | None = None) -> dict[str, str]:
+    """File name -> sha256 of each weight file of a component: its folder, or one file.
 
     Files in the hub cache are links to blobs named by their sha256, which are not read. Others are
     hashed once: with `cache_file` the result is remembered by path, size, mtime and inode.
@@ -207,7 +235,7 @@ def weight_hashes(folder: Path, cache_file: Path | None = None) -> dict[str, str
     """
     remembered = _load_cache(cache_file)
     hashes: dict[str, str] = {}
-    for path in weight_files(folder):
+    for path in [weights] if weights.is_file() else weight_files(weights):
         named = hub_sha256(path)
         if named is not None:
             hashes[path.name] = named

@@ -38,6 +38,13 @@ NO_EFFECT = (
     _is("train", "lr_step_rules", "lr_scheduler", "piecewise_constant"),
     NoEffect(
         "train",
+        "low_precision_products",
+        "base_precision",
+        lambda precision: precision in ("fp8", "int8"),
+        "base_precision: fp8 or int8",
+    ),
+    NoEffect(
+        "train",
         "validation_max_images",
         "validation_steps",
         lambda steps: bool(steps),

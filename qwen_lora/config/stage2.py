@@ -74,9 +74,25 @@ class TrainSettings(Section):
         command="train",
         changes="result",
     )
-    base_precision: Literal["bf16", "int8", "nf4"] = setting(
+    transformer_file: LocalPath | None = setting(
+        None,
+        "Weights of the transformer in a single safetensors file, with diffusers' or ComfyUI's "
+        "names, instead of the model's own; also fp8 and fp8_scaled.",
+        command="train",
+        changes="nothing",
+    )
+    base_precision: Literal["bf16", "fp8", "int8", "nf4"] = setting(
         "bf16",
-        "How the frozen block weights are held; bf16 means: in the compute type.",
+        "How the frozen block weights are held; bf16 means: in the compute type; fp8 and int8: "
+        "with one scale for each output channel.",
+        command="train",
+        changes="result",
+    )
+    low_precision_products: Literal["none", "forward", "both"] = setting(
+        "none",
+        "Matrix products themselves in 8 bits, with base_precision fp8 (GPUs from compute "
+        "capability 8.9) or int8 (8.0): in the forward pass, or in both (fp8: a second copy of the "
+        "weights). none: weights are cast up for each product.",
         command="train",
         changes="result",
     )

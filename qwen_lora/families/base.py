@@ -170,13 +170,15 @@ class Family(Protocol):
         device: torch.device,
         dtype: torch.dtype,
         base_precision: str = "bf16",
+        low_precision_products: str = "none",
         modulation_table: Path | None = None,
         blocks_on_device: int | None = None,
     ) -> torch.nn.Module:
-        """The frozen transformer in eval mode. base_precision int8 or nf4 replaces the block
-        Linears with bitsandbytes' while loading; any other value leaves `dtype`. With a file that
-        `make_modulation_table` made, the weights that it stands for are not loaded. Of the blocks
-        all but `blocks_on_device` go to host memory one by one; None: all stay."""
+        """The frozen transformer in eval mode. base_precision fp8, int8 or nf4 replaces Linears of
+        the blocks while loading; any other value leaves `dtype`. low_precision_products: none,
+        forward or both, with fp8 and int8. With a file that `make_modulation_table` made, the
+        weights that it stands for are not loaded. Of the blocks all but `blocks_on_device` go to
+        host memory one by one; None: all stay."""
         ...
 
     def block_count(self, config: Mapping[str, Any]) -> int:
@@ -190,6 +192,7 @@ class Family(Protocol):
         blocks: int,
         dtype: torch.dtype,
         base_precision: str = "bf16",
+        low_precision_products: str = "none",
         tabled: bool = False,
     ) -> torch.nn.Module:
         """What `load_transformer` would make, on the meta device and with so many blocks: it can

@@ -31,6 +31,7 @@ def compute_dtype(transformer: Any) -> torch.dtype:
     model = unwrap(transformer)
     if isinstance(model, torch.nn.Module):
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and "lora_" not in name:
+            wide = parameter.is_floating_point() and parameter.element_size() > 1  # no fp8
+            if wide and "lora_" not in name:
                 return parameter.dtype
     return torch.float32

@@ -89,9 +89,14 @@ def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) 
     known to fit the shards."""
     name = model_name(settings, manifests)
     components = (*COMPONENTS, "vae") if wants_vae(settings) else COMPONENTS
+    file = settings.transformer_file
+
+    def resolve() -> ModelFolder:
+        return resolve_model(name, components, transformer_file=file)
+
     if ranks.world > 1:
-        ranks.on_main(lambda: resolve_model(name, components).model_id)
-    model = ranks.everywhere(lambda: resolve_model(name, components))
+        ranks.on_main(lambda: resolve().model_id)
+    model = ranks.everywhere(resolve)
     check_transformer(model, manifests)
     return model
 
@@ -190,7 +195,7 @@ def _attention(
 
 def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
     """Names the transformer by content: config keys that are not about files, and weight hashes."""
-    weights = weight_hashes(model.component("transformer"), cache_file)
+    weights = weight_hashes(model.weights("transformer"), cache_file)
     return hash_json([_content(model, "transformer"), sorted(weights.values())])
 
 

@@ -34,6 +34,7 @@ _OWN_RULE = {
 # Places and sizes of one machine, in which ranks may differ.
 _OF_MACHINE = {
     "pretrained_model_name_or_path",
+    "transformer_file",
     "shards",
     "shards_dir",
     "output_dir",

@@ -79,6 +79,7 @@ def load_base(
         device=device,
         dtype=dtype,
         base_precision=settings.base_precision,
+        low_precision_products=settings.low_precision_products,
         modulation_table=table,
     )
 

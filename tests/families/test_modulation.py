@@ -117,10 +117,11 @@ def test_a_lora_on_the_modulation_trains(tiny_model: Path, table: Path) -> None:
         assert (found - expected).norm() < 0.02 * expected.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
 def test_a_quantised_base_with_a_table(model: ModelFolder, table: Path, kind: str) -> None:
     """The table holds what the unquantised layers give."""
-    pytest.importorskip("bitsandbytes")
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
     transformer = load(model, table, base_precision=kind)
     exact = predict(model, model.family.load_transformer(model, device=CPU, dtype=torch.float32))
     with torch.no_grad():

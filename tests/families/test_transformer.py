@@ -184,29 +184,26 @@ def test_damaged_weights(model: ModelFolder, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("precision", "worst"), [("int8", 0.03), ("nf4", 0.3)])
-def test_low_precision_base_trains(
-    precision: str, worst: float, model: ModelFolder, transformer: torch.nn.Module
-) -> None:
+def test_an_nf4_base_trains(model: ModelFolder, transformer: torch.nn.Module) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from peft import LoraConfig
 
     small = model.family.load_transformer(
-        model, device=CPU, dtype=torch.float32, base_precision=precision
+        model, device=CPU, dtype=torch.float32, base_precision="nf4"
     )
     blocks = [m for m in small.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
-    kind = bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
+    kind = bitsandbytes.nn.Linear4bit
     assert len(blocks) == 2 * 14 and all(isinstance(linear, kind) for linear in blocks)
     assert small.proj_out.weight.dtype == small.img_in.weight.dtype == torch.float32
     size = sum(p.numel() * p.element_size() for p in small.transformer_blocks.parameters())
     exact = sum(p.numel() * p.element_size() for p in transformer.transformer_blocks.parameters())
-    assert size < exact / (3 if precision == "int8" else 6)
+    assert size < exact / 6
 
     batch = make_batch([4, 6])
     with torch.no_grad():
         reference = model.family.velocity(transformer, **batch)
         error = (model.family.velocity(small, **batch) - reference).norm() / reference.norm()
-    assert 1e-5 < error < worst
+    assert 1e-5 < error < 0.3
 
     targets = model.family.lora_target_modules(small, "all-linear")
     small.add_adapter(LoraConfig(r=4, init_lora_weights="gaussian", target_modules=targets))

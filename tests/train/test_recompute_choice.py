@@ -77,7 +77,8 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
     choice = choose(model, SHAPE, usable_bytes(24 * GIB))
     line = too_small(model, SHAPE, choice)
     assert "\n" not in line and f"{choice.missing / GIB:.2f} GiB more" in line
-    assert line.endswith("would fit: base_precision: int8, base_precision: nf4")
+    fitting = [f"base_precision: {precision}" for precision in ("fp8", "int8", "nf4")]
+    assert line.endswith(f"would fit: {', '.join(fitting)}")
     two = Shape(SHAPE.latent_size, SHAPE.text_tokens * 2)
     usable = model.cost(SHAPE, Recompute("full")).peak
     assert what_fits(model, two, usable)[-2:] == ["train_batch_size: 1", "images of 512 x 512 px"]
@@ -178,14 +179,14 @@ def test_plan_prints_text_and_json(
     assert facts["floor_seconds"] == pytest.approx(3000 * facts["floor_seconds_per_step"])
     assert {(row["base_precision"], row["side"]) for row in facts["table"]} == {
         (precision, side)
-        for precision in ("bf16", "int8", "nf4")
+        for precision in ("bf16", "fp8", "int8", "nf4")
         for side in (512, 768, 1024, 1328)
     }
 
     assert facts["run"]["share_of_floor"] == facts["floor_seconds_per_step"] / 0.5
     text = format_estimate(facts)
     assert "Arithmetic" in text and "recompute full" in text
-    assert len([line for line in text.splitlines() if line.endswith(" GB")]) == 12
+    assert len([line for line in text.splitlines() if line.endswith(" GB")]) == 16
 
 
 def test_plan_refuses_in_one_line(train_shards: Path, tmp_path: Path) -> None:

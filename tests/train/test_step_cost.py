@@ -186,15 +186,32 @@ def test_a_deep_model_from_shallow_ones(tmp_path: Path, way: str) -> None:
         assert peak == direct.peak
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_quantised_bytes_are_bitsandbytes(tiny_model: Path, precision: str) -> None:
-    """Weights exactly; what is kept with real layers; the peak is an upper bound."""
+EIGHT_BITS = [(kind, way) for kind in ("fp8", "int8") for way in ("none", "forward", "both")]
+
+
+@pytest.mark.parametrize(("precision", "products"), EIGHT_BITS)
+def test_bytes_of_8_bits_are_those_held(tiny_model: Path, precision: str, products: str) -> None:
+    """To the byte: weights, scales, and the second copy of fp8 with products in both passes."""
+    settings = Settings(
+        base_precision=precision,
+        low_precision_products=products,
+        modulation_table=False,
+        mixed_precision="bf16",
+    )
+    model = resolve_model(str(tiny_model), ("transformer",))
+    real = load_base(model, settings, torch.device("cpu"))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in real.state_dict().values())
+    assert StepModel(model, settings, torch.bfloat16).weight_bytes == held
+
+
+def test_nf4_bytes_are_bitsandbytes(tiny_model: Path) -> None:
+    """But for code books."""
     bnb = pytest.importorskip("bitsandbytes")
-    settings = Settings(base_precision=precision, rank=4, modulation_table=False)
+    settings = Settings(base_precision="nf4", rank=4, modulation_table=False)
     model = resolve_model(str(tiny_model), ("transformer",))
     found = StepModel(model, settings, torch.bfloat16)
     real = model.family.load_transformer(
-        model, device=torch.device("cpu"), dtype=torch.bfloat16, base_precision=precision
+        model, device=torch.device("cpu"), dtype=torch.bfloat16, base_precision="nf4"
     )
     held = 0
     for name, tensor in real.state_dict().items():
@@ -208,13 +225,20 @@ def test_quantised_bytes_are_bitsandbytes(tiny_model: Path, precision: str) -> N
     assert found.weight_bytes == pytest.approx(held, rel=0.01)
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4"])
+@pytest.mark.parametrize(("precision", "products"), [*EIGHT_BITS, ("nf4", "none")])
 @pytest.mark.parametrize("way", ["none", "full"])
-def test_what_a_quantised_base_keeps(tiny_model: Path, precision: str, way: str) -> None:
-    """With real layers. bitsandbytes' own int8 layer would keep its input, recomputed or not."""
-    pytest.importorskip("bitsandbytes")
+def test_what_a_quantised_base_keeps(
+    tiny_model: Path, precision: str, products: str, way: str
+) -> None:
+    """With real layers, which keep nothing of their input; the peak is an upper bound."""
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
     settings = Settings(
-        base_precision=precision, rank=4, modulation_table=False, mixed_precision="bf16"
+        base_precision=precision,
+        low_precision_products=products,
+        rank=4,
+        modulation_table=False,
+        mixed_precision="bf16",
     )
     model = resolve_model(str(tiny_model), ("transformer",))
     predicted = StepModel(model, settings, torch.bfloat16)

@@ -86,6 +86,7 @@ class QwenImage:
         device: torch.device,
         dtype: torch.dtype,
         base_precision: str = "bf16",
+        low_precision_products: str = "none",
         modulation_table: Path | None = None,
         blocks_on_device: int | None = None,
     ) -> torch.nn.Module:
@@ -96,6 +97,7 @@ class QwenImage:
             device=device,
             dtype=dtype,
             base_precision=base_precision,
+            low_precision_products=low_precision_products,
             modulation_table=modulation_table,
             blocks_on_device=blocks_on_device,
         )
@@ -110,13 +112,18 @@ class QwenImage:
         blocks: int,
         dtype: torch.dtype,
         base_precision: str = "bf16",
+        low_precision_products: str = "none",
         tabled: bool = False,
     ) -> torch.nn.Module:
         from qwen_lora.families.qwen_image.skeleton import skeleton
         from qwen_lora.families.qwen_image.transformer import make_empty
 
         return skeleton(
-            make_empty(model, blocks), dtype=dtype, base_precision=base_precision, tabled=tabled
+            make_empty(model, blocks),
+            dtype=dtype,
+            base_precision=base_precision,
+            low_precision_products=low_precision_products,
+            tabled=tabled,
         )
 
     def stored_bytes(self, transformer: torch.nn.Module) -> int:

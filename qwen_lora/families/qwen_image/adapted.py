@@ -3,7 +3,8 @@
 
 PEFT's layers stay what they are: they hold the weights and name them. Their forward costs seven
 operators a layer; here q, k and v share one thin product with all their A, and the base's product
-adds to the LoRA's. With LoRA dropout, or on a quantised base, PEFT's own forward runs.
+adds to the LoRA's (on an fp8 or int8 base the LoRA's to the base's). With LoRA dropout, or on nf4,
+PEFT's own forward runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
 from qwen_lora.families.modules import ADAPTER
+from qwen_lora.families.qwen_image.scaled import ScaledLinear
 
 
 def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
@@ -35,6 +37,10 @@ def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
             continue
         base, up = layer.base_layer, layer.lora_B[ADAPTER].weight.to(x.dtype)
         scaling = layer.scaling[ADAPTER]
+        if type(base) is ScaledLinear:
+            out = torch.addmm(base(flat), next(parts), up.t(), alpha=scaling)  # [tokens, out]
+            outputs.append(torch.unflatten(out, 0, x.shape[:-1]))
+            continue
         if base.bias is None:
             delta = F.linear(next(parts), up) * scaling
         else:
@@ -45,12 +51,12 @@ def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """A LoRA without dropout on a Linear of floating-point weights, switched on and not merged."""
+    """A LoRA without dropout on a Linear that is not bitsandbytes', switched on and not merged."""
     if not isinstance(layer, LoraLayer):
         return False
     dropout = layer.lora_dropout[ADAPTER]
     return (
-        type(layer.get_base_layer()) is torch.nn.Linear
+        type(layer.get_base_layer()) in (torch.nn.Linear, ScaledLinear)
         and not layer.merged
         and not layer.disable_adapters
         and not (layer.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0)

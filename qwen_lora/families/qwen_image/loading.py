@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.families.qwen_image import single_file
+from qwen_lora.families.qwen_image.scaled import ScaledLinear, Stored
 from qwen_lora.models import weight_files
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -47,7 +49,7 @@ def damage_explained(folder: Path) -> Iterator[None]:
 
 def load_weights(
     module: torch.nn.Module,
-    folder: Path,
+    weights: Path,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -57,52 +59,70 @@ def load_weights(
 ) -> None:
     """Fill every parameter of an empty module from a component's safetensors files, frozen.
 
+    weights: the component's folder, or a transformer in a single file;
     rename: checkpoint key -> parameter name, or None for a weight that is not needed.
     reshape: makes a checkpoint tensor the parameter's; it gets the parameter's name.
     placed: is told the name of each parameter that is there.
     Raises InputError when names or shapes do not fit the module: weights and config disagree.
     """
     missing = dict(module.named_parameters())
-    for key, read in _tensors(folder):
+    for key, read in _tensors(weights):
         name = rename(key)
         if name is None:
             continue
         parameter = missing.pop(name, None)
         if parameter is None:
-            raise InputError(f"{folder} holds a weight {key!r} that its config has no place for")
-        tensor = reshape(name, read())
+            raise InputError(f"{weights} holds a weight {key!r} that its config has no place for")
+        tensor = read()
+        if isinstance(tensor, torch.Tensor):
+            tensor = reshape(name, tensor)
         if _shape_before_packing(module, name, parameter) != tensor.shape:
             raise InputError(
-                f"{folder}: weight {key!r} has shape {list(tensor.shape)}, its config asks for "
+                f"{weights}: weight {key!r} has shape {list(tensor.shape)}, its config asks for "
                 f"{list(parameter.shape)}"
             )
         _place(module, name, tensor, device, dtype)
         placed(name)
     if missing:
-        raise InputError(f"{folder} lacks {len(missing)} weights, the first is {min(missing)!r}")
+        raise InputError(f"{weights} lacks {len(missing)} weights, the first is {min(missing)!r}")
     module.to(device)  # buffers; parameters are there already
     module.eval().requires_grad_(False)
 
 
 @contextmanager
-def open_weights(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+def open_weights(weights: Path) -> Iterator[Callable[[str], torch.Tensor]]:
     """A function that reads one weight of a component by its key. It raises InputError for a weight
-    that is not there."""
+    that is not there. weights: as in `load_weights`."""
     with ExitStack() as stack:
-        file_of: dict[str, Any] = {}
-        for path in weight_files(folder):
-            with _reading(path):
-                file = stack.enter_context(safe_open(str(path), framework="pt"))
-                file_of |= dict.fromkeys(file.keys(), (path, file))
+        reads: dict[str, Callable[[], torch.Tensor | Stored]] = {}
+        for path in [weights] if weights.is_file() else weight_files(weights):
+            reads |= stack.enter_context(_open(path, single=path == weights))
 
         def read(key: str) -> torch.Tensor:
-            if key not in file_of:
-                raise InputError(f"{folder} lacks the weight {key!r}")
-            path, file = file_of[key]
-            with _reading(path):
-                return cast(torch.Tensor, file.get_tensor(key))
+            if key not in reads:
+                raise InputError(f"{weights} lacks the weight {key!r}")
+            found = reads[key]()
+            return found.dense() if isinstance(found, Stored) else found
 
         yield read
+
+
+@contextmanager
+def _open(path: Path, *, single: bool) -> Iterator[dict[str, Callable[[], torch.Tensor | Stored]]]:
+    """Every key of one file with a function that reads it. Memory-mapped."""
+    with ExitStack() as stack:
+        with _reading(path):
+            file = stack.enter_context(safe_open(str(path), framework="pt"))
+            if single:
+                found = single_file.weights_of(path, file)
+            else:
+                found = {key: partial(file.get_tensor, key) for key in file.keys()}
+        yield {key: partial(_read, path, read) for key, read in found.items()}
+
+
+def _read(path: Path, read: Callable[[], torch.Tensor | Stored]) -> torch.Tensor | Stored:
+    with _reading(path):
+        return read()
 
 
 @contextmanager
@@ -115,12 +135,11 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def _tensors(weights: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor | Stored]]]:
     """Every key with a function that reads it, to be called before the next step."""
-    for path in weight_files(folder):
-        with _reading(path), safe_open(str(path), framework="pt") as file:
-            for key in file.keys():
-                yield key, partial(file.get_tensor, key)
+    for path in [weights] if weights.is_file() else weight_files(weights):
+        with _open(path, single=path == weights) as reads:
+            yield from reads.items()
 
 
 def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -140,11 +159,16 @@ def _shape_before_packing(
 def _place(
     module: torch.nn.Module,
     name: str,
-    tensor: torch.Tensor,
+    tensor: torch.Tensor | Stored,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     owner, leaf = _split(module, name)
+    if leaf == "weight" and isinstance(owner, ScaledLinear):
+        owner.put(tensor, device)
+        return
+    if isinstance(tensor, Stored):
+        tensor = tensor.dense()
     kind = getattr(owner, "quantization", None) if leaf == "weight" else None
     if kind is None:
         value = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)

@@ -32,6 +32,7 @@ from qwen_lora.families.qwen_image.modulation import (
     bf16_levels,
     write_table,
 )
+from qwen_lora.families.qwen_image.scaled import KINDS, check_products, scale_linears
 from qwen_lora.families.streaming import BlockStreamer, spread, stream_more
 from qwen_lora.models import ModelFolder
 from qwen_lora.progress import Progress
@@ -61,6 +62,7 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     base_precision: str,
+    low_precision_products: str = "none",
     modulation_table: Path | None = None,
     blocks_on_device: int | None = None,
 ) -> torch.nn.Module:
@@ -74,23 +76,25 @@ def load_transformer(
                 owner = block.get_submodule(parent)
                 setattr(owner, leaf, TabledLinear(owner.get_submodule(leaf), device, dtype))
         transformer.modulation_table = table
-    if base_precision in ("int8", "nf4"):
-        quantize_linears(transformer.get_submodule("transformer_blocks"), base_precision, dtype)
-        # PEFT chooses its layers by these.
-        transformer.is_loaded_in_8bit = base_precision == "int8"
-        transformer.is_loaded_in_4bit = base_precision == "nf4"
+    blocks = transformer.get_submodule("transformer_blocks")
+    if base_precision in KINDS:
+        if low_precision_products != "none":
+            check_products(base_precision, device)
+        scale_linears(blocks, base_precision, low_precision_products)
+    elif base_precision == "nf4":
+        quantize_linears(blocks, base_precision, dtype)
+        transformer.is_loaded_in_4bit = True  # PEFT chooses its layers by it
 
     def name_of(key: str) -> str | None:
         tabled = table is not None and key.rpartition(".")[0].endswith(LAYERS)
         return None if tabled else key
 
-    folder = model.component("transformer")
     filling = None
     if blocks_on_device is not None:
         filling = _Filling(transformer, blocks_on_device, device)
     load_weights(
         transformer,
-        folder,
+        model.weights("transformer"),
         device=device,
         dtype=dtype,
         rename=name_of,
@@ -146,7 +150,7 @@ def make_modulation_table(
         raise InputError(f"a table of modulation is for bfloat16, not for {dtype}")
     transformer = make_empty(model)
     blocks = len(transformer.transformer_blocks)
-    with open_weights(model.component("transformer")) as read:
+    with open_weights(model.weights("transformer")) as read:
 
         def weight(name: str) -> torch.Tensor:
             return read(name).to(device, dtype)

@@ -95,8 +95,9 @@ def what_fits(model: StepModel, shape: Shape, usable: int) -> list[str]:
     found = []
     if fixed_recompute(settings) not in (None, Recompute("full")) and fits(shape):
         found.append("gradient_checkpointing: true with recompute: full")
-    for precision in ("int8", "nf4"):
-        if precision != settings.base_precision and fits(shape, base_precision=precision):
+    for precision in ("fp8", "int8", "nf4"):
+        changes = {"base_precision": precision, "low_precision_products": "none"}
+        if precision != settings.base_precision and fits(shape, **changes):
             found.append(f"base_precision: {precision}")
     if shape.batch > 1 and fits(Shape(shape.latent_size, shape.text_tokens[:1])):
         found.append("train_batch_size: 1" + (", batch_pixels: 0" * (settings.batch_pixels > 0)))

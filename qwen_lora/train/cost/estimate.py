@@ -35,7 +35,7 @@ from qwen_lora.train.table import PlanTable
 from qwen_lora.train.transformer import DTYPES, check_transformer
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB, as they are sold
-PRECISIONS = ("bf16", "int8", "nf4")
+PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 WAYS = ("full", "selective", "none")
 MOST_BUCKETS = 12  # whose FLOPs are counted; the others are taken for these
 
@@ -276,8 +276,8 @@ def format_estimate(facts: dict[str, Any]) -> str:
     lines += ["", *_table_lines(facts["table"]), ""]
     lines.append(
         "Arithmetic from the model's config. On an H200 the peaks of bf16 at 512 and 1024 px were "
-        "within 1 % of it, lower with compile_blocks; int8 and nf4 were not measured. Cards: GiB + "
-        "5 %, at least 1 GiB, for what is not counted."
+        "within 1 % of it, lower with compile_blocks; fp8, int8 and nf4 were not measured. Cards: "
+        "GiB + 5 %, at least 1 GiB, for what is not counted."
     )
     return "\n".join(lines)
 

@@ -207,6 +207,7 @@ class StepModel:
             blocks=blocks,
             dtype=self.dtype,
             base_precision=self.settings.base_precision,
+            low_precision_products=self.settings.low_precision_products,
             tabled=tabled,
         )
 

@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+# torch's counter does not know the product of 8-bit integers.
+_flops = {torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm], **flop_registry}
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -62,7 +65,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in self._storages(out):
             self._watch(storage, storage.nbytes())
         self.peak = max(self.peak, self.bytes)
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
+        if (count := _flops.get(func.overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         return out
 

@@ -1,0 +1,220 @@
+# ruff: noqa: TID253
+"""Frozen Linear layers held in 8 bits, with one float32 scale for each output channel.
+
+fp8 is float8_e4m3fn, int8 is symmetric; weight[o, i] = values[o, i] * scale[o]. A product casts the
+weight up for its use, or runs in 8 bits itself: then each row of the activations (in the backward
+pass of the gradients) gets a scale of its own. The weight has no gradient, so nothing of the input
+is kept. (W8A8 with a frozen weight, as OneTrainer trains; row-wise scales as torch's own
+`_scaled_mm` takes them.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qwen_lora.errors import InputError
+
+KINDS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+PRODUCTS = ("none", "forward", "both")
+ALIGNED = 16  # rows and columns of a weight whose products run in 8 bits
+FEW_ROWS = 16  # `_int_mm` wants more
+CAPABILITY = {"fp8": (8, 9), "int8": (8, 0)}
+# In these layers' input a few numbers are far larger than the others: quantised, they cost an
+# image's quality (sgl-project/sglang#23155). The modulation layers steer everything else; mostly
+# the table stands for them.
+FULL_PRECISION = ("img_mlp.net.2", "img_mod.1", "txt_mod.1")
+_TINY = 1e-12  # the scale of a row of zeros
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as a file holds it: values * scale."""
+
+    values: torch.Tensor  # [out, in]
+    scale: torch.Tensor  # [out] float32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def dense(self) -> torch.Tensor:
+        return self.values.float() * self.scale[:, None]  # [out, in]
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, n] -> the same in `dtype`, and [rows] float32: what to multiply its rows by."""
+    limit = LIMITS[dtype]
+    scale = x.abs().amax(dim=1).float().clamp(min=_TINY) / limit
+    scaled = x * (1 / scale)[:, None]  # float32
+    if dtype == torch.int8:
+        scaled = scaled.round()
+    return scaled.clamp(-limit, limit).to(dtype), scale
+
+
+def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in] in `dtype`, rounded once: it holds every value of 8 bits exactly."""
+    return values.to(dtype).mul_(scale[:, None])
+
+
+class ScaledLinear(torch.nn.Linear):
+    """PEFT puts a LoRA on it as on any Linear. `products`: one of PRODUCTS; with both, fp8 holds a
+    second copy, [in, out] with a scale for each input channel, since its products want the summed
+    dimension last in both factors."""
+
+    scale: torch.Tensor  # [out]
+    weight_t: torch.Tensor | None  # [in, out]
+    scale_t: torch.Tensor | None  # [in]
+
+    def __init__(self, linear: torch.nn.Linear, kind: str, products: str = "none") -> None:
+        outs, ins = linear.out_features, linear.in_features
+        super().__init__(ins, outs, linear.bias is not None, device="meta")
+        if linear.bias is not None:
+            self.bias = linear.bias
+        self.kind, self.low = kind, KINDS[kind]
+        values = torch.empty(outs, ins, dtype=self.low, device="meta")
+        self.weight = torch.nn.Parameter(values, requires_grad=False)
+        self.register_buffer("scale", torch.empty(outs, device="meta"))
+        fits = outs % ALIGNED == 0 and ins % ALIGNED == 0
+        self.products = products if fits else "none"
+        second = self.products == "both" and kind == "fp8"
+        self.register_buffer("weight_t", values.t().contiguous() if second else None)
+        self.register_buffer("scale_t", torch.empty(ins, device="meta") if second else None)
+
+    def put(self, weight: torch.Tensor | Stored, device: torch.device) -> None:
+        """Take a weight in. One that comes in this layer's type is kept as it is."""
+        if isinstance(weight, Stored) and weight.values.dtype == self.low:
+            values, scale = weight.values.to(device), weight.scale.to(device)
+        else:
+            dense = weight.to(device) if isinstance(weight, torch.Tensor) else weight.dense()
+            values, scale = quantize_rows(dense.to(device), self.low)
+        self.weight = torch.nn.Parameter(values, requires_grad=False)
+        self.scale = scale
+        if self.weight_t is not None:
+            dense = weight.to(device) if isinstance(weight, torch.Tensor) else weight.dense()
+            self.weight_t, self.scale_t = quantize_rows(dense.to(device).t().contiguous(), self.low)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        flat = input.flatten(0, -2)  # [tokens, in]
+        # Plain Python on shapes: torch.compile makes it a guard.
+        products = self.products if flat.shape[0] > FEW_ROWS else "none"
+        apply: Any = _Product.apply
+        out: torch.Tensor = apply(
+            flat, self.weight, self.scale, self.bias, self.weight_t, self.scale_t, products
+        )
+        return torch.unflatten(out, 0, input.shape[:-1])
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, and its gradient with respect to x alone. Keeps the weight and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        values_t: torch.Tensor | None,
+        scale_t: torch.Tensor | None,
+        products: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values, scale, values_t, scale_t)
+        ctx.both = products == "both"
+        if products == "none":
+            return F.linear(x, dequantize(values, scale, x.dtype), bias)
+        low, rows = quantize_rows(x, values.dtype)
+        if values.dtype == torch.int8:
+            return _int8_product(low, values.t(), rows, scale, bias, x.dtype)
+        return _fp8_product(low, values.t(), rows, scale, bias, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        nothing = (None,) * 6
+        if not ctx.needs_input_grad[0]:
+            return None, *nothing
+        values, scale, values_t, scale_t = ctx.saved_tensors
+        dtype = gradient.dtype
+        if not ctx.both:
+            return gradient @ dequantize(values, scale, dtype), *nothing
+        if values.dtype == torch.int8:
+            low, rows = quantize_rows(gradient * scale, values.dtype)
+            return _int8_product(low, values, rows, None, None, dtype), *nothing
+        low, rows = quantize_rows(gradient, values.dtype)
+        return _fp8_product(low, values_t.t(), rows, scale_t, None, dtype), *nothing
+
+
+def _int8_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [tokens, n] times weight [n, m], exact in int32, then scaled."""
+    out = torch._int_mm(x, weight) * rows[:, None]  # [tokens, m] float32
+    if columns is not None:
+        out.mul_(columns)
+    if bias is not None:
+        out.add_(bias)
+    return out.to(dtype)
+
+
+def _fp8_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [tokens, n] times weight [n, m], whose columns lie one behind the other in memory. The
+    result of row-wise scaled products is bfloat16."""
+    out = torch._scaled_mm(
+        x,
+        weight,
+        scale_a=rows[:, None],
+        scale_b=columns[None],
+        bias=None if bias is None else bias.bfloat16(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return out.to(dtype)
+
+
+# ---- in a model ----------------------------------------------------------------------------------
+
+
+def scale_linears(blocks: torch.nn.Module, kind: str, products: str) -> None:
+    """Replace the Linears inside an empty transformer's blocks, but for FULL_PRECISION."""
+    for name, linear in list(blocks.named_modules()):
+        if type(linear) is torch.nn.Linear and not name.endswith(FULL_PRECISION):
+            owner, _, leaf = name.rpartition(".")
+            setattr(blocks.get_submodule(owner), leaf, ScaledLinear(linear, kind, products))
+
+
+def check_products(kind: str, device: torch.device) -> None:
+    """Raises InputError where products in 8 bits do not run, before anything is loaded."""
+    what = f"low_precision_products with base_precision: {kind}"
+    undo = "set low_precision_products: none"
+    if device.type == "cuda":
+        found, wanted = torch.cuda.get_device_capability(device), CAPABILITY[kind]
+        if found < wanted:
+            raise InputError(
+                f"{what} needs a GPU of compute capability {wanted[0]}.{wanted[1]}, "
+                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; {undo}"
+            )
+    made = torch.nn.Linear(32, 32, device=device, dtype=torch.bfloat16)
+    layer = ScaledLinear(made, kind, "both")
+    layer.put(made.weight.detach(), device)
+    x = torch.ones(32, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        layer(x).sum().backward()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what} does not run on this {device.type}: {reason}; {undo}") from None
