@@ -68,12 +68,14 @@ def sample(
     dtype: str = "auto",
     base: bool = True,
     save_images: bool = False,
+    transformer_file: Path | None = None,
 ) -> Path:
     """Draw every prompt with every seed, without and with the LoRAs, and write one labelled grid.
 
     model: hub id or folder with all five components. loras: LoRA files or run folders, added up.
     output: the grid; its suffix decides the format. base: also draw without the LoRAs.
-    save_images: each picture too, beside the grid. Noise is drawn on the CPU, so a seed means the
+    save_images: each picture too, beside the grid. transformer_file: a single safetensors file that
+    stands for the model's own transformer weights. Noise is drawn on the CPU, so a seed means the
     same on every machine. Returns `output`.
 
     Raises InputError for files and sizes that cannot work, QwenLoraError when memory runs out.
@@ -86,7 +88,7 @@ def sample(
 
     from qwen_lora.models import resolve_model
 
-    folder = resolve_model(model, COMPONENTS)
+    folder = resolve_model(model, COMPONENTS, transformer_file=transformer_file)
     _check_size(request, folder.family.image_multiple)
     with _memory_errors():
         pipeline = load_pipeline(folder, files, lora_scale, dtype)
@@ -187,9 +189,14 @@ def load_pipeline(
     """
     import torch
 
+    type_ = _dtype(dtype)
+    given = {}
+    if folder.transformer_file is not None:
+        cpu = torch.device("cpu")
+        given["transformer"] = folder.family.load_transformer(folder, device=cpu, dtype=type_)
     with _bars_only_on_a_terminal():
         pipeline = folder.family.pipeline().from_pretrained(
-            str(folder.path), dtype=_dtype(dtype), local_files_only=True, use_safetensors=True
+            str(folder.path), dtype=type_, local_files_only=True, use_safetensors=True, **given
         )
     pipeline.set_progress_bar_config(disable=True)
     names = [f"lora{number}" for number in range(len(loras))]

@@ -80,6 +80,7 @@ def test_precompute_maps_its_options(stages: dict[str, Any]) -> None:
 def test_train_maps_its_options(stages: dict[str, Any]) -> None:
     result = invoke(
         "train", "one", "two", "--model", "folder", "--output", "run", "--max-train-steps", "7",
+        "--transformer", "one.safetensors",
         "--rank", "4", "--seed", "5", "--num-processes", "1", "--restart",
         "--set", "logging_steps=1",
     )  # fmt: skip
@@ -88,6 +89,7 @@ def test_train_maps_its_options(stages: dict[str, Any]) -> None:
     assert stages["options"] == {"restart": True}
     assert [source.path for source in settings.shards] == [Path("one"), Path("two")]
     assert settings.pretrained_model_name_or_path == "folder"
+    assert settings.transformer_file == Path("one.safetensors")
     assert settings.output_dir == Path("run")
     assert (settings.max_train_steps, settings.rank, settings.seed) == (7, 4, 5)
     assert settings.logging_steps == 1

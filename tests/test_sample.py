@@ -173,3 +173,22 @@ def test_loras_of_several_runs_are_told_apart() -> None:
 
     assert _name(Path("style/lora.safetensors")) == "style"
     assert _name(Path("style/ghibli.safetensors")) == "ghibli"
+
+
+def test_a_transformer_from_a_single_file(tiny_model: Path, tmp_path: Path) -> None:
+    """The same picture as with the folder's own weights; another one with others."""
+    from safetensors.torch import load_file, save_file
+
+    (own,) = (tiny_model / "transformer").glob("*.safetensors")
+    weights = load_file(own)
+    file = tmp_path / "one.safetensors"
+    pictures = []
+    for changed in (None, 1.0, 0.5):
+        if changed is not None:
+            save_file({"model.diffusion_model." + n: t * changed for n, t in weights.items()}, file)
+        output = tmp_path / f"{changed}.png"
+        sample(str(tiny_model), [], [PROMPT], [0], output, steps=2, true_cfg_scale=1.0, **SIZE,
+               transformer_file=file if changed else None)  # fmt: skip
+        pictures.append(read(output))
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert (pictures[0] != pictures[2]).any()

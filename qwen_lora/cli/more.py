@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qwen_lora.cli.stages import TransformerFile
 from qwen_lora.errors import InputError
 
 # ---- sample ----------------------------------------------------------------------------------
@@ -62,6 +63,7 @@ def sample(
     prompt: Prompts,
     output: Picture,
     model: Model = "Qwen/Qwen-Image",
+    transformer: TransformerFile = None,
     lora: Loras = None,
     lora_scale: LoraScale = 1.0,
     seed: Seeds = None,
@@ -84,6 +86,7 @@ def sample(
     print(
         run(
             model=model,
+            transformer_file=transformer,
             loras=lora or [],
             prompts=prompt,
             seeds=seed or [0],

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwen_lora.cli.stages import Config, SetOptions, ShardSets, TrainModel
+from qwen_lora.cli.stages import Config, SetOptions, ShardSets, TrainModel, TransformerFile
 from qwen_lora.cli.streams import print_json, reader_may_leave
 from qwen_lora.errors import InputError
 
@@ -33,6 +33,7 @@ RunFolder = Annotated[
 def plan(
     shards: ShardSets = None,
     model: TrainModel = None,
+    transformer: TransformerFile = None,
     config: Config = None,
     memory: Memory = None,
     tflops: Tflops = None,
@@ -52,7 +53,11 @@ def plan(
     from qwen_lora.config.load import load_settings
 
     notes: list[str] = []
-    options = {"shards": list(shards or []), "pretrained_model_name_or_path": model}
+    options = {
+        "shards": list(shards or []),
+        "pretrained_model_name_or_path": model,
+        "transformer_file": transformer,
+    }
     settings = load_settings("train", config, set_options or (), options, notes=notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -85,6 +85,15 @@ TrainModel = Annotated[
         help="Hugging Face id (id@revision) or local folder. [default: the shards' own]",
     ),
 ]
+TransformerFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--transformer",
+        metavar="FILE",
+        help="Transformer weights in one safetensors file, diffusers' or ComfyUI's, instead of the "
+        "model's.",
+    ),
+]
 Run = Annotated[
     Path | None,
     typer.Option("--output", metavar="RUN", help="Folder of the run. [default: output]"),
@@ -161,6 +170,7 @@ def precompute(
 def train(
     shards: ShardSets = None,
     model: TrainModel = None,
+    transformer: TransformerFile = None,
     output: Run = None,
     config: Config = None,
     max_train_steps: Steps = None,
@@ -186,6 +196,7 @@ def train(
         {
             "shards": list(shards or []),
             "pretrained_model_name_or_path": model,
+            "transformer_file": transformer,
             "output_dir": output,
             "max_train_steps": max_train_steps,
             "rank": rank,

@@ -273,7 +273,7 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return resolve_model(str(folder), ("transformer",))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "nf4"])
 def test_loading_puts_blocks_on_the_host(
     deep_model: ModelFolder,
     precision: str,

@@ -116,7 +116,12 @@ def _read(settings: Settings) -> tuple[ModelFolder, list[BucketLoad]]:
             kohya_repeats=data.kohya_repeats,
         )
         manifests = [shard_set.manifest for shard_set in sets]
-        model = resolve_model(model_name(settings, manifests), ("transformer",), weights=False)
+        model = resolve_model(
+            model_name(settings, manifests),
+            ("transformer",),
+            weights=False,
+            transformer_file=settings.transformer_file,
+        )
         check_transformer(model, manifests)
     return model, bucket_loads(table, _rule(settings))
 
