@@ -231,7 +231,7 @@ def test_wrong_settings_are_said_by_one_process(
 def test_num_processes_launches_unless_already_a_child(
     command: str, stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qwen_lora.train.launch
+    import qwen_lora.launch
 
     launched: list[Any] = []
 
@@ -239,7 +239,7 @@ def test_num_processes_launches_unless_already_a_child(
         launched.append((list(argv), count))
         return 143
 
-    monkeypatch.setattr(qwen_lora.train.launch, "launch_processes", launch)
+    monkeypatch.setattr(qwen_lora.launch, "launch_processes", launch)
     monkeypatch.setattr(sys, "argv", ["qwen-lora", command, "--num-processes", "3"])
     result = invoke(command, "--num-processes", "3")
     assert result.exit_code == 143
@@ -254,9 +254,9 @@ def test_num_processes_launches_unless_already_a_child(
 def test_a_dry_run_launches_nothing(
     stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qwen_lora.train.launch
+    import qwen_lora.launch
 
-    monkeypatch.setattr(qwen_lora.train.launch, "launch_processes", None)
+    monkeypatch.setattr(qwen_lora.launch, "launch_processes", None)
     assert invoke("precompute", "--num-processes", "3", "--dry-run").exit_code == 0
     assert stages["precompute"].num_processes == 3
 

@@ -221,7 +221,7 @@ def _launches(settings: Settings) -> bool:
 
 def _launch_if_asked(settings: Settings) -> None:
     if _launches(settings):
-        from qwen_lora.train.launch import launch_processes
+        from qwen_lora.launch import launch_processes
 
         raise typer.Exit(launch_processes(sys.argv[1:], settings.num_processes))
 

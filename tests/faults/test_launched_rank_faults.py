@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rank_runs import HERE, ROOT, SETTINGS, train_command
 
-from qwen_lora.train.launch import launch_processes
+from qwen_lora.launch import launch_processes
 
 pytestmark = [
     pytest.mark.multiprocess,

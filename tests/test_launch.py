@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from qwen_lora.train import launch
-from qwen_lora.train.launch import launch_processes
+from qwen_lora import launch
+from qwen_lora.launch import launch_processes
 
 pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.skipif(sys.platform != "linux", reason="the launcher's promises are POSIX ones"),
 ]
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run(code: str, processes: int = 2) -> int:
@@ -26,7 +26,7 @@ def run(code: str, processes: int = 2) -> int:
 def start_launcher(code: str, folder: Path) -> subprocess.Popen[str]:
     """The launcher in a process of its own, with two children that run `code` in `folder`."""
     outer = (
-        "import sys; from qwen_lora.train.launch import launch_processes as l; "
+        "import sys; from qwen_lora.launch import launch_processes as l; "
         "sys.exit(l([], 2, program=(sys.executable, '-c', sys.argv[1])))"
     )
     return subprocess.Popen(
