@@ -124,6 +124,12 @@ def _check_train(settings: Settings) -> Iterator[Finding]:
             ("lr_step_rules", "lr_scheduler"),
             "piecewise_constant needs rules such as 1:1000,0.1:2000,0.01",
         )
+    if settings.shard_base != "none" and settings.base_precision != "bf16":
+        yield Finding(
+            ("shard_base", "base_precision"),
+            f"cannot spread weights held as {settings.base_precision}; use base_precision: bf16, "
+            "or shard_base: none",
+        )
     if settings.optimizer == "prodigy" and settings.learning_rate < 0.1:
         yield Finding(
             ("learning_rate", "optimizer"),

@@ -130,6 +130,14 @@ class TrainSettings(Section):
         command="train",
         changes="result",
     )
+    shard_base: Literal["none", "node", "all"] = setting(
+        "none",
+        "With several processes, hold the frozen base once for all of them, each a part of every "
+        "block (torch's FSDP2), for cards that it does not fit: once for each machine, or once "
+        "for all machines.",
+        command="train",
+        changes="nothing",
+    )
     modulation_table: bool = setting(
         True,
         "In bf16, replace a third of the weights, which depend on the noise level alone, by a "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from qwen_lora.models import ModelFolder
 
@@ -173,12 +174,14 @@ class Family(Protocol):
         low_precision_products: str = "none",
         modulation_table: Path | None = None,
         blocks_on_device: int | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> torch.nn.Module:
         """The frozen transformer in eval mode. base_precision fp8, int8 or nf4 replaces Linears of
         the blocks while loading; any other value leaves `dtype`. low_precision_products: none,
         forward or both, with fp8 and int8. With a file that `make_modulation_table` made, the
         weights that it stands for are not loaded. Of the blocks all but `blocks_on_device` go to
-        host memory one by one; None: all stay."""
+        host memory one by one; None: all stay. With a `mesh` each of its processes holds a part of
+        the blocks' weights; all of them then have to run the transformer equally often."""
         ...
 
     def block_count(self, config: Mapping[str, Any]) -> int:

@@ -37,6 +37,7 @@ from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.resume import result_settings, share_of_step
 from qwen_lora.train.run_folder import WEIGHT_HASHES
+from qwen_lora.train.sharding import base_mesh
 from qwen_lora.train.sources import Sources, model_name
 from qwen_lora.train.step import SampleLosses, Stepper
 from qwen_lora.train.timesteps import TimestepSampling
@@ -85,8 +86,8 @@ class Trainable:
 
 
 def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) -> ModelFolder:
-    """Rank 0 downloads what is missing; nobody loads a weight before the transformer's config is
-    known to fit the shards."""
+    """One process of each machine downloads what is missing; nobody loads a weight before the
+    transformer's config is known to fit the shards."""
     name = model_name(settings, manifests)
     components = (*COMPONENTS, "vae") if wants_vae(settings) else COMPONENTS
     file = settings.transformer_file
@@ -95,7 +96,7 @@ def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) 
         return resolve_model(name, components, transformer_file=file)
 
     if ranks.world > 1:
-        ranks.on_main(lambda: resolve().model_id)
+        ranks.once_per_node(resolve)
     model = ranks.everywhere(resolve)
     check_transformer(model, manifests)
     return model
@@ -219,8 +220,11 @@ def build_trainable(
     def find_table() -> Path | None:
         return modulation_table(model, settings, ranks.device, facts.base_model)
 
-    ranks.on_main(lambda: bool(find_table()))
-    transformer = ranks.everywhere(lambda: load_base(model, settings, ranks.device, find_table()))
+    ranks.once_per_node(find_table)
+    mesh = base_mesh(ranks, settings)
+    transformer = ranks.everywhere(
+        lambda: load_base(model, settings, ranks.device, find_table(), mesh)
+    )
     spec = LoraSpec.from_settings(settings)
     parameters = add_lora(transformer, spec, model.family, settings.seed)
     model.family.prepare_training(transformer, forward_options(settings, recompute))
@@ -321,7 +325,15 @@ def build_loaders(
     measured = BatchLoader(
         sources.sets, plan.measured, fixed, sampling, read_ahead=0, pin_memory=on_gpu
     )
-    return loader, Measure(plan.measure_name, ranks, trainable.losses, plan.measured, measured)
+    measure = Measure(
+        plan.measure_name,
+        ranks,
+        trainable.losses,
+        plan.measured,
+        measured,
+        in_step=settings.shard_base != "none",
+    )
+    return loader, measure
 
 
 def snapshot(trainable: Trainable, facts: RunFacts, state: TrainState) -> Checkpoint:

@@ -45,6 +45,7 @@ class Previews:
     scheduler_config: Mapping[str, Any]
     files: PreviewFiles
     decoder: LatentDecoder | None = None  # None: the linear map
+    in_step: bool = False  # every rank has to run the transformer equally often
 
     def run(self, step: int, should_stop: Callable[[], int]) -> list[Image.Image] | None:
         """Draw every prompt and publish the pictures; rank 0 gets them, other ranks an empty list.
@@ -60,7 +61,11 @@ class Previews:
                 try:
                     if number < len(prompts):
                         own = _png(self._picture(prompts[number]))
+                    elif self.in_step:
+                        self._picture(prompts[first])  # with the others, for nothing
                 except Exception as error:
+                    if self.in_step:  # the others are in the middle of it: the lifeline tells them
+                        raise
                     failure = error
                 if self.ranks.agree(failure, should_stop()):
                     return None
@@ -115,7 +120,12 @@ class Previews:
 
 
 def build_previews(
-    ranks: Ranks, run: RunFolder, model: ModelFolder, trainable: Trainable, plan: PreviewPlan | None
+    ranks: Ranks,
+    run: RunFolder,
+    model: ModelFolder,
+    trainable: Trainable,
+    plan: PreviewPlan | None,
+    in_step: bool = False,
 ) -> Previews | None:
     """What draws `plan`; loads the VAE's decoder when the plan has no linear map."""
     if plan is None:
@@ -133,6 +143,7 @@ def build_previews(
         model.config("scheduler"),
         run.previews,
         decoder,
+        in_step,
     )
 
 

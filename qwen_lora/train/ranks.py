@@ -85,6 +85,7 @@ class Ranks:
         self.lifeline = lifeline or Lifeline()
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
+        self.local_rank: int = accelerator.local_process_index  # on its machine
         self.device: torch.device = accelerator.device
         self._group: Any = None
         if self.world > 1:
@@ -111,6 +112,13 @@ class Ranks:
         if "error" in message:
             raise error_from(message["error"])
         return message["value"]
+
+    def once_per_node(self, work: Callable[[], Any]) -> None:
+        """Run `work` on rank 0, then on the first rank of every other machine: what is fetched or
+        made once is there for all processes, whether machines share a disk or not."""
+        self.on_main(lambda: bool(work()))
+        elsewhere = self.local_rank == 0 and not self.is_main
+        self.everywhere(lambda: work() if elsewhere else None)
 
     def everywhere(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank; if one fails, all raise."""

@@ -79,7 +79,13 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
             drawn = settle_previews(ranks, settings, sources, plan, model.family)
             ranks.on_main(lambda: run.write_settings(settings))
             recompute = settle_recompute(
-                settings, model, plan.table, plan.rule, ranks.device, quiet=not ranks.is_main
+                settings,
+                model,
+                plan.table,
+                plan.rule,
+                ranks.device,
+                quiet=not ranks.is_main,
+                world=ranks.world,
             )
             trainable = assemble.build_trainable(ranks, settings, model, facts, recompute, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
@@ -138,7 +144,9 @@ def _loop(job: _Job, drawn: PreviewPlan | None) -> TrainState:
     ranks.check_equal(loader.plan(state.epoch).hash, "the plan of the epoch")
     metrics = MetricsFile(run.metrics if ranks.is_main else None)
     ranks.on_main(lambda: _drop_later_lines(job, metrics, state.step))
-    previews = build_previews(ranks, run, job.model, trainable, drawn)
+    previews = build_previews(
+        ranks, run, job.model, trainable, drawn, in_step=settings.shard_base != "none"
+    )
     trackers = Trackers(ranks.accelerator, settings)
 
     def publish(now: TrainState) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder
 from qwen_lora.posix import make_folder, publish_file, temporary_file
 from qwen_lora.shards.format import Manifest
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TABLE_FORMAT = 1  # of the modulation table
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,10 +64,14 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 
 
 def load_base(
-    model: ModelFolder, settings: Settings, device: torch.device, table: Path | None = None
+    model: ModelFolder,
+    settings: Settings,
+    device: torch.device,
+    table: Path | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> torch.nn.Module:
     """The frozen transformer on `device`, in the compute type or quantised, in eval mode. table:
-    what `modulation_table` returned.
+    what `modulation_table` returned; mesh: what `base_mesh` returned.
 
     Nothing else of the model is opened. Raises InputError for files that do not fit the config.
     """
@@ -81,6 +89,7 @@ def load_base(
         base_precision=settings.base_precision,
         low_precision_products=settings.low_precision_products,
         modulation_table=table,
+        mesh=mesh,
     )
 
 

@@ -55,8 +55,11 @@ class Measure:
         losses: SampleLosses,
         table: PlanTable,
         loader: BatchLoader,
+        in_step: bool = False,
     ) -> None:
+        """in_step: every rank has to run the transformer equally often."""
         self.name = name  # validation_loss or fixed_train_loss
+        self._in_step = in_step
         self._ranks, self._table, self._loader = ranks, table, loader
         self._losses = SampleLosses(losses.transformer, losses.family, weighting="none")
 
@@ -77,7 +80,11 @@ class Measure:
                 try:
                     if row < samples:
                         values[row] = self._sample(row)
+                    elif self._in_step:
+                        self._sample(first)  # with the others, for nothing
                 except Exception as error:
+                    if self._in_step:  # the others are in the middle of it: the lifeline tells them
+                        raise
                     failure = error
                 if self._ranks.agree(failure, should_stop()):
                     return None

@@ -23,6 +23,8 @@ def run_rank(order: dict[str, Any]) -> None:
     """The child's whole life. It ends as a command does, its threads awaited, but leaves out the
     clearing of all modules, which takes seconds after a fork."""
     os.environ.update(order["environment"])
+    if "folder" in order:
+        os.chdir(order["folder"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, log), (2, log)):

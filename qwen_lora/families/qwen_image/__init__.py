@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from qwen_lora.families.base import (
         ForwardOptions,
@@ -89,6 +90,7 @@ class QwenImage:
         low_precision_products: str = "none",
         modulation_table: Path | None = None,
         blocks_on_device: int | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> torch.nn.Module:
         from qwen_lora.families.qwen_image.transformer import load_transformer
 
@@ -100,6 +102,7 @@ class QwenImage:
             low_precision_products=low_precision_products,
             modulation_table=modulation_table,
             blocks_on_device=blocks_on_device,
+            mesh=mesh,
         )
 
     def block_count(self, config: Mapping[str, Any]) -> int:

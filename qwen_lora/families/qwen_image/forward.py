@@ -28,6 +28,7 @@ from qwen_lora.families.modules import ADAPTER
 from qwen_lora.families.offload import ActivationOffload
 from qwen_lora.families.qwen_image.blocks import Lengths, Pair, Rotations, join_texts, run_block
 from qwen_lora.families.qwen_image.modulation import modulation_rows
+from qwen_lora.families.qwen_image.sharded import is_sharded, take_over_forward
 from qwen_lora.families.streaming import BlockStreamer
 
 Block = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -39,6 +40,9 @@ class OwnForward:
     def __init__(self, transformer: Any, options: ForwardOptions) -> None:
         self.recompute = options.recompute
         self.compiled = options.compiled
+        self.sharded = is_sharded(transformer)
+        if self.sharded:
+            take_over_forward(transformer)
         self.run_block: Block = _compiled(run_block) if options.compiled else run_block
         self.streamer: BlockStreamer | None = getattr(transformer, "streamer", None)
         self.offload: ActivationOffload | None = None
@@ -111,11 +115,24 @@ def predict(
     how.begin()
     for index, block in enumerate(transformer.transformer_blocks):
         run = how.way(index, last + 1, block_of)
-        image_rows, text_rows = rows(index)
-        image, text = run(
-            block, image, text, image_rows, text_rows, rotations, lengths, index == last
-        )
+        rest = (partial(rows, index), rotations, lengths, index == last)
+        work = partial(_run_one, run, block, *rest)
+        # Called as a module the block has its weights, also for its modulation.
+        image, text = block(image, text, work) if how.sharded else work(image, text)
     return transformer.proj_out(transformer.norm_out(image, time))  # type: ignore[no-any-return]
+
+
+def _run_one(
+    run: Block,
+    block: Any,
+    rows: Callable[[], Pair],
+    rotations: Rotations,
+    lengths: Lengths,
+    last: bool,
+    image: torch.Tensor,
+    text: torch.Tensor,
+) -> Pair:
+    return run(block, image, text, *rows(), rotations, lengths, last)
 
 
 def _recomputed(run: Block, how: OwnForward) -> Block:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.qwen_image import single_file
 from qwen_lora.families.qwen_image.scaled import ScaledLinear, Stored
+from qwen_lora.families.qwen_image.sharded import mesh_of, own_rows
 from qwen_lora.models import weight_files
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -170,7 +171,9 @@ def _place(
     if isinstance(tensor, Stored):
         tensor = tensor.dense()
     kind = getattr(owner, "quantization", None) if leaf == "weight" else None
-    if kind is None:
+    if mesh_of(owner._parameters[leaf]) is not None:
+        value = own_rows(tensor, owner._parameters[leaf], device, dtype)
+    elif kind is None:
         value = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
     else:
         value = _quantized_parameter(kind, tensor.to(dtype), owner).to(device)

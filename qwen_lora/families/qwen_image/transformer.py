@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,9 +33,13 @@ from qwen_lora.families.qwen_image.modulation import (
     write_table,
 )
 from qwen_lora.families.qwen_image.scaled import KINDS, check_products, scale_linears
+from qwen_lora.families.qwen_image.sharded import run_whole, shard_blocks
 from qwen_lora.families.streaming import BlockStreamer, spread, stream_more
 from qwen_lora.models import ModelFolder
 from qwen_lora.progress import Progress
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 ATTENTION_TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -65,6 +69,7 @@ def load_transformer(
     low_precision_products: str = "none",
     modulation_table: Path | None = None,
     blocks_on_device: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> torch.nn.Module:
     """See `families.base.Family.load_transformer`."""
     transformer = make_empty(model)
@@ -89,6 +94,8 @@ def load_transformer(
         tabled = table is not None and key.rpartition(".")[0].endswith(LAYERS)
         return None if tabled else key
 
+    if mesh is not None:
+        shard_blocks(transformer, mesh)
     filling = None
     if blocks_on_device is not None:
         filling = _Filling(transformer, blocks_on_device, device)
@@ -226,9 +233,9 @@ def velocity(
             for embeds, mask in zip(prompt_embeds, prompt_masks, strict=True)
         ]
         tokens, grid = pack(latents).to(dtype), (height // PATCH, width // PATCH)
-        return unpack(
-            predict(unwrap(transformer), tokens, sigmas, texts, grid).float(), height, width
-        )
+        model = unwrap(transformer)
+        predicted = run_whole(model, lambda: predict(model, tokens, sigmas, texts, grid))
+        return unpack(predicted.float(), height, width)
     embeds, mask = join_prompts(prompt_embeds, prompt_masks)
     prediction = transformer(
         hidden_states=pack(latents).to(dtype),

@@ -89,13 +89,13 @@ def what_fits(model: StepModel, shape: Shape, usable: int) -> list[str]:
 
     def fits(to: Shape, **changes: Any) -> bool:
         changed = settings.model_copy(update={"gradient_checkpointing": True, **changes})
-        cost = StepModel(model.model, changed, model.dtype).cost(to, Recompute("full"))
+        cost = StepModel(model.model, changed, model.dtype, model.parts).cost(to, Recompute("full"))
         return cost.peak <= usable
 
     found = []
     if fixed_recompute(settings) not in (None, Recompute("full")) and fits(shape):
         found.append("gradient_checkpointing: true with recompute: full")
-    for precision in ("fp8", "int8", "nf4"):
+    for precision in ("fp8", "int8", "nf4") if model.parts == 1 else ():
         changes = {"base_precision": precision, "low_precision_products": "none"}
         if precision != settings.base_precision and fits(shape, **changes):
             found.append(f"base_precision: {precision}")

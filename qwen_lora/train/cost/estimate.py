@@ -30,6 +30,7 @@ from qwen_lora.train.cost.shapes import (
 from qwen_lora.train.cost.step import Cost, StepModel
 from qwen_lora.train.metrics import FILE, read_metrics
 from qwen_lora.train.plan import BatchRule
+from qwen_lora.train.sharding import shards_of_base
 from qwen_lora.train.sources import model_name
 from qwen_lora.train.table import PlanTable
 from qwen_lora.train.transformer import DTYPES, check_transformer
@@ -50,7 +51,8 @@ def estimate(
     model, loads = _read(settings)
     family = model.family
     dtype = DTYPES["bf16" if settings.mixed_precision == "auto" else settings.mixed_precision]
-    step_model = StepModel(model, settings, dtype)
+    parts = shards_of_base(settings, settings.num_processes)
+    step_model = StepModel(model, settings, dtype, parts)
     load = largest_load(loads, family)
     shape = load.largest(family)
     usable = _usable(memory_gib)
@@ -87,7 +89,7 @@ def estimate(
         "floor_seconds_per_step": seconds,
         "max_train_steps": settings.max_train_steps,
         "floor_seconds": seconds * settings.max_train_steps,
-        "table": _table(model, settings, dtype, load),
+        "table": _table(model, settings, dtype, load, parts),
     }
     if choice.missing:
         facts["does_not_fit"] = too_small(step_model, shape, choice)
@@ -175,7 +177,7 @@ def smallest_card(peak: int) -> int | None:
 
 
 def _table(
-    model: ModelFolder, settings: Settings, dtype: torch.dtype, load: BucketLoad
+    model: ModelFolder, settings: Settings, dtype: torch.dtype, load: BucketLoad, parts: int
 ) -> list[dict[str, Any]]:
     """Square images with this run's batch, text and LoRA."""
     batches = _rule(settings).sizes(np.array([[side, side] for side in SIDES], np.int32)).tolist()
@@ -183,7 +185,7 @@ def _table(
     rows = []
     for precision in PRECISIONS:
         other = settings.model_copy(update={"base_precision": precision})
-        step_model = StepModel(model, other, dtype)
+        step_model = StepModel(model, other, dtype, parts if precision == "bf16" else 1)
         shapes = [
             Shape(latent_size(model.family, (side, side)), (load.longest,) * batch)
             for side, batch in zip(SIDES, batches, strict=True)

@@ -14,6 +14,7 @@ from qwen_lora.train.cost.choice import GIB, choose, fixed_recompute, too_small,
 from qwen_lora.train.cost.shapes import bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.plan import BatchRule
+from qwen_lora.train.sharding import shards_of_base
 from qwen_lora.train.table import PlanTable
 from qwen_lora.train.transformer import choose_dtype
 
@@ -26,6 +27,7 @@ def settle_recompute(
     device: torch.device,
     memory: tuple[int, int] | None = None,
     quiet: bool = False,
+    world: int = 1,
 ) -> Recompute:
     """Call before the model is loaded. The choice may differ between ranks and between the starts
     of a run: it changes no bit of the result. memory: free and total bytes, of the GPU if None;
@@ -37,7 +39,8 @@ def settle_recompute(
         memory = torch.cuda.mem_get_info(device)
     free, total = memory
     loads = bucket_loads(table, rule)
-    step_model = StepModel(model, settings, choose_dtype(settings, device))
+    parts = shards_of_base(settings, world)
+    step_model = StepModel(model, settings, choose_dtype(settings, device), parts)
     load = largest_load(loads, model.family)
     shape = load.largest(model.family)
     choice = choose(step_model, shape, usable_bytes(total, free))

@@ -23,6 +23,8 @@ from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.transformer import uses_table
 
 FEW = 3  # blocks: the first, the last, and one like all others
+# Blocks' worth of gathered weights: of the one that runs, of the next as it arrives, and in place.
+GATHERED = 3
 ENDS = Recompute("some", 1)  # recomputes the last block alone
 # Bytes of optimizer state for each float32 parameter. 8-bit states have a float32 scale for each
 # 256 numbers.
@@ -52,8 +54,11 @@ class Cost:
 class StepModel:
     """What steps cost with one model and the settings' LoRA, optimizer and precision, on a GPU."""
 
-    def __init__(self, model: ModelFolder, settings: Settings, dtype: torch.dtype) -> None:
-        self.model, self.settings, self.dtype = model, settings, dtype
+    def __init__(
+        self, model: ModelFolder, settings: Settings, dtype: torch.dtype, parts: int = 1
+    ) -> None:
+        """parts: devices over which the blocks' weights are spread."""
+        self.model, self.settings, self.dtype, self.parts = model, settings, dtype, parts
         self.family = model.family
         config = model.config("transformer")
         self.blocks = self.family.block_count(config)
@@ -83,7 +88,14 @@ class StepModel:
 
     @cached_property
     def weight_bytes(self) -> int:
-        return self._deep([self._skeleton(count).stored for count in self._counts])
+        whole = self._deep([self._skeleton(count).stored for count in self._counts])
+        if self.parts == 1:
+            return whole
+        tabled = uses_table(self.settings, self.dtype)
+        one, two = (self.family.stored_bytes(self._empty(count, tabled)) for count in (1, 2))
+        each = two - one
+        gathered = min(GATHERED, self.blocks) * each
+        return whole - self.blocks * each + self.blocks * each // self.parts + gathered
 
     @cached_property
     def lora_bytes(self) -> int:
