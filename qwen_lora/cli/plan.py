@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen_lora.cli.stages import Config, SetOptions, ShardSets, TrainModel, TransformerFile
 from qwen_lora.cli.streams import print_json, reader_may_leave
 from qwen_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from qwen_lora.config.schema import Settings
 
 Memory = Annotated[
     float | None,
@@ -22,6 +25,14 @@ Tflops = Annotated[
     float | None,
     typer.Option(
         "--tflops", metavar="X", min=1e-6, help="Rate of matrix products. [default: measured here]"
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Run one batch with the base in bf16 and in base_precision, and compare loss and "
+        "gradients.",
     ),
 ]
 RunFolder = Annotated[
@@ -38,17 +49,19 @@ def plan(
     memory: Memory = None,
     tflops: Tflops = None,
     run: RunFolder = None,
+    check: Check = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_options: SetOptions = None,
 ) -> None:
     """Say what training will take, in memory and time, before it is started.
 
-    Reads the shards' lists and the transformer's config, no weights. Exit code 2 when the run does
-    not fit into the memory.
+    Reads the shards' lists and the transformer's config, no weights, unless with --check. Exit
+    code 2 when the run does not fit into the memory.
 
     \b
     qwen-lora plan shards --memory 24 --tflops 150
     qwen-lora plan shards --set base_precision=nf4 --memory 12
+    qwen-lora plan shards --set base_precision=fp8 --check
     """
     from qwen_lora.config.load import load_settings
 
@@ -63,11 +76,24 @@ def plan(
         print(f"note: {note}", file=sys.stderr)
     from qwen_lora.train.cost.estimate import estimate, format_estimate
 
+    checked = _check(settings) if check else None  # first: it refuses settings
     facts = estimate(settings, memory_gib=memory, tflops=tflops, run=run)
+    if checked is not None:
+        facts["check"] = checked
     with reader_may_leave():
         if as_json:
             print_json(facts, indent=2)
         else:
             print(format_estimate(facts))
+            if checked is not None:
+                from qwen_lora.train.parity import format_check
+
+                print("\n" + format_check(checked))
     if "does_not_fit" in facts:
         raise InputError(facts["does_not_fit"])
+
+
+def _check(settings: Settings) -> dict[str, Any]:
+    from qwen_lora.train.parity import check_precision
+
+    return check_precision(settings)

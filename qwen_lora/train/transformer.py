@@ -69,9 +69,11 @@ def load_base(
     device: torch.device,
     table: Path | None = None,
     mesh: DeviceMesh | None = None,
+    blocks_on_device: int | None = None,
 ) -> torch.nn.Module:
     """The frozen transformer on `device`, in the compute type or quantised, in eval mode. table:
-    what `modulation_table` returned; mesh: what `base_mesh` returned.
+    what `modulation_table` returned; mesh: what `base_mesh` returned; blocks_on_device: as in
+    `Family.load_transformer`.
 
     Nothing else of the model is opened. Raises InputError for files that do not fit the config.
     """
@@ -89,6 +91,7 @@ def load_base(
         base_precision=settings.base_precision,
         low_precision_products=settings.low_precision_products,
         modulation_table=table,
+        blocks_on_device=blocks_on_device,
         mesh=mesh,
     )
 
