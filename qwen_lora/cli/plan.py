@@ -27,6 +27,15 @@ Tflops = Annotated[
         "--tflops", metavar="X", min=1e-6, help="Rate of matrix products. [default: measured here]"
     ),
 ]
+Copies = Annotated[
+    float | None,
+    typer.Option(
+        "--h2d",
+        metavar="GBPS",
+        min=1e-6,
+        help="Rate of copies to the GPU, for streamed blocks. [default: measured here]",
+    ),
+]
 Check = Annotated[
     bool,
     typer.Option(
@@ -48,6 +57,7 @@ def plan(
     config: Config = None,
     memory: Memory = None,
     tflops: Tflops = None,
+    h2d: Copies = None,
     run: RunFolder = None,
     check: Check = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -77,7 +87,7 @@ def plan(
     from qwen_lora.train.cost.estimate import estimate, format_estimate
 
     checked = _check(settings) if check else None  # first: it refuses settings
-    facts = estimate(settings, memory_gib=memory, tflops=tflops, run=run)
+    facts = estimate(settings, memory_gib=memory, tflops=tflops, run=run, h2d=h2d)
     if checked is not None:
         facts["check"] = checked
     with reader_may_leave():

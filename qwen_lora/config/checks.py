@@ -45,6 +45,13 @@ NO_EFFECT = (
     ),
     NoEffect(
         "train",
+        "offload_activations",
+        "gradient_checkpointing",
+        lambda on: bool(on),
+        "gradient_checkpointing: true",
+    ),
+    NoEffect(
+        "train",
         "validation_max_images",
         "validation_steps",
         lambda steps: bool(steps),
@@ -130,6 +137,18 @@ def _check_train(settings: Settings) -> Iterator[Finding]:
             f"cannot spread weights held as {settings.base_precision}; use base_precision: bf16, "
             "or shard_base: none",
         )
+    if settings.shard_base != "none" and settings.blocks_on_device.isdecimal():
+        yield Finding(
+            ("blocks_on_device", "shard_base"),
+            "is not for a base that is spread over processes; use all, or shard_base: none",
+        )
+    if not settings.own_forward:
+        for key, given in (
+            ("blocks_on_device", settings.blocks_on_device.isdecimal()),
+            ("offload_activations", settings.offload_activations),
+        ):
+            if given:
+                yield Finding((key, "own_forward"), "needs this trainer's own_forward: true")
     if settings.optimizer == "prodigy" and settings.learning_rate < 0.1:
         yield Finding(
             ("learning_rate", "optimizer"),

@@ -111,6 +111,20 @@ class TrainSettings(Section):
         command="train",
         changes="nothing",
     )
+    blocks_on_device: str = setting(
+        "auto",
+        "Blocks of the frozen base that stay on the GPU; the others lie in host memory and are "
+        "copied for each use: a number, all, or auto: as many as fit (all on a CPU).",
+        command="train",
+        changes="nothing",
+    )
+    offload_activations: bool = setting(
+        False,
+        "Keep what gradient_checkpointing keeps in host memory until the backward pass, for long "
+        "sequences.",
+        command="train",
+        changes="nothing",
+    )
     own_forward: bool = setting(
         True,
         "This trainer's own forward pass; false: diffusers'. The same up to rounding.",
@@ -360,6 +374,13 @@ class TrainSettings(Section):
         if value in ("auto", "selective", "full") or value.isdecimal():
             return value
         raise ValueError("must be auto, full, selective or a number of blocks")
+
+    @field_validator("blocks_on_device")
+    @classmethod
+    def _known_blocks(cls, value: str) -> str:
+        if value in ("auto", "all") or value.isdecimal():
+            return value
+        raise ValueError("must be auto, all or a number of blocks")
 
     @field_validator("preview_size")
     @classmethod

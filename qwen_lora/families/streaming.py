@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qwen_lora.families.host_memory import CUDA, host_buffer
 
 RING = 2  # buffers: one in use, one that is filled
-_ALIGNED = 256  # bytes; every type and every kernel may start there
+ALIGNED = 64  # bytes; every type and every kernel may start there
 
 
 def spread(blocks: int, streamed: int) -> list[int]:
@@ -206,7 +206,7 @@ def _lay_out(block: torch.nn.Module) -> list[_Place]:
         size = first.numel() * first.element_size()
         stride = torch.empty_like(first, device="meta").stride()  # its own, without gaps
         places.append(_Place(tensors, begin, size, first.dtype, first.shape, stride))
-        begin += -(-size // _ALIGNED) * _ALIGNED
+        begin += -(-size // ALIGNED) * ALIGNED
     return places
 
 

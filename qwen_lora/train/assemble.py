@@ -14,7 +14,6 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
-from qwen_lora.families.base import Recompute
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
@@ -22,6 +21,7 @@ from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.remote.cache import GIB
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
+from qwen_lora.train.cost.choice import Way
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
 from qwen_lora.train.lr_schedule import make_lr_scheduler
@@ -210,7 +210,7 @@ def build_trainable(
     settings: Settings,
     model: ModelFolder,
     facts: RunFacts,
-    recompute: Recompute,
+    way: Way,
     resumed: Checkpoint | None,
 ) -> Trainable:
     """Load the base, add the LoRA, make the optimizer and schedule; put a checkpoint's state in."""
@@ -223,11 +223,11 @@ def build_trainable(
     ranks.once_per_node(find_table)
     mesh = base_mesh(ranks, settings)
     transformer = ranks.everywhere(
-        lambda: load_base(model, settings, ranks.device, find_table(), mesh)
+        lambda: load_base(model, settings, ranks.device, find_table(), mesh, way.on_device)
     )
     spec = LoraSpec.from_settings(settings)
     parameters = add_lora(transformer, spec, model.family, settings.seed)
-    model.family.prepare_training(transformer, forward_options(settings, recompute))
+    model.family.prepare_training(transformer, forward_options(settings, way.recompute))
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")

@@ -49,7 +49,7 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
 
 def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStack) -> TrainResult:
     from qwen_lora.train import assemble
-    from qwen_lora.train.cost.settle import settle_recompute
+    from qwen_lora.train.cost.settle import settle_way
     from qwen_lora.train.preview_plan import settle_previews
     from qwen_lora.train.ranks import start_ranks
     from qwen_lora.train.report import open_report
@@ -78,7 +78,7 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                     return done
             drawn = settle_previews(ranks, settings, sources, plan, model.family)
             ranks.on_main(lambda: run.write_settings(settings))
-            recompute = settle_recompute(
+            way = settle_way(
                 settings,
                 model,
                 plan.table,
@@ -87,7 +87,7 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                 quiet=not ranks.is_main,
                 world=ranks.world,
             )
-            trainable = assemble.build_trainable(ranks, settings, model, facts, recompute, found)
+            trainable = assemble.build_trainable(ranks, settings, model, facts, way, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
             job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)
             state = _loop(job, drawn)

@@ -96,10 +96,16 @@ def load_base(
     )
 
 
-def forward_options(settings: Settings, recompute: Recompute) -> ForwardOptions:
-    """How the transformer is to run; recompute: what `train.cost.choice` made of the settings."""
+def forward_options(
+    settings: Settings, recompute: Recompute, blocks_on_device: int | None = None
+) -> ForwardOptions:
+    """How the transformer is to run; the others: what `train.cost.choice` made of the settings."""
     return ForwardOptions(
-        own=settings.own_forward, recompute=recompute, compiled=settings.compile_blocks
+        own=settings.own_forward,
+        recompute=recompute,
+        compiled=settings.compile_blocks,
+        blocks_on_device=blocks_on_device,
+        offload_activations=settings.offload_activations,
     )
 
 

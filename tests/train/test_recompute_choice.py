@@ -15,9 +15,17 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
 from qwen_lora.models import resolve_model
 from qwen_lora.shards.reader import ShardSet
-from qwen_lora.train.cost.choice import GIB, RESERVE, choose, too_small, usable_bytes, what_fits
+from qwen_lora.train.cost.choice import (
+    GIB,
+    RESERVE,
+    Way,
+    choose,
+    too_small,
+    usable_bytes,
+    what_fits,
+)
 from qwen_lora.train.cost.estimate import format_estimate, peaks_of
-from qwen_lora.train.cost.settle import settle_recompute
+from qwen_lora.train.cost.settle import settle_way
 from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.plan import BatchRule, plan_epoch
@@ -34,7 +42,7 @@ def peak(model: StepModel, way: str) -> int:
 
 def test_each_way_is_chosen_down_to_its_last_byte(tmp_path: Path) -> None:
     """Of the real model at 1024 px: none, some blocks, full."""
-    model = step_model(tmp_path, torch.bfloat16, REAL)
+    model = step_model(tmp_path, torch.bfloat16, REAL, blocks_on_device="all")
 
     def chosen(usable: int) -> str:
         choice = choose(model, SHAPE, usable)
@@ -73,12 +81,14 @@ def test_named_ways_are_obeyed(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
     """27.9 GiB in bf16 on a 24 GB card; nf4 takes 9 GiB."""
-    model = step_model(tmp_path, torch.bfloat16, REAL)
+    model = step_model(tmp_path, torch.bfloat16, REAL, blocks_on_device="all")
     choice = choose(model, SHAPE, usable_bytes(24 * GIB))
     line = too_small(model, SHAPE, choice)
     assert "\n" not in line and f"{choice.missing / GIB:.2f} GiB more" in line
     fitting = [f"base_precision: {precision}" for precision in ("fp8", "int8", "nf4")]
-    assert line.endswith(f"would fit: {', '.join(fitting)}")
+    assert line.endswith(
+        f"would fit: blocks_on_device: 46 with recompute: full, {', '.join(fitting)}"
+    )
     two = Shape(SHAPE.latent_size, SHAPE.text_tokens * 2)
     usable = model.cost(SHAPE, Recompute("full")).peak
     assert what_fits(model, two, usable)[-2:] == ["train_batch_size: 1", "images of 512 x 512 px"]
@@ -135,26 +145,26 @@ def test_no_epoch_has_a_larger_micro_batch(
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def settle(settings: Settings, train_shards: Path, memory: Any) -> Recompute:
+def settle(settings: Settings, train_shards: Path, memory: Any) -> Way:
     model = resolve_model(settings.pretrained_model_name_or_path or "", ("transformer",))
     with ShardSet.open(train_shards) as shards:
         table = PlanTable.from_sets([shards])
-    return settle_recompute(settings, model, table, BatchRule(2, 1, 0), CPU, memory)
+    return settle_way(settings, model, table, BatchRule(2, 1, 0), CPU, memory)
 
 
 def test_a_run_says_its_peak_and_its_choice(
     make_settings: MakeSettings, train_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = make_settings(gradient_checkpointing=True)
-    assert settle(settings, train_shards, (8 * GIB, 8 * GIB)) == Recompute("none")
+    assert settle(settings, train_shards, (8 * GIB, 8 * GIB)) == Way(Recompute("none"))
     assert capsys.readouterr().err.startswith("recompute none: predicted peak 0.0")
-    assert settle(settings, train_shards, (RESERVE, 8 * GIB)) == Recompute("full")
+    assert settle(settings, train_shards, (RESERVE, 8 * GIB)) == Way(Recompute("full"))
     err = capsys.readouterr().err
     assert "warning: the predicted peak is " in err and "would fit: " in err
-    assert settle(settings, train_shards, None) == Recompute("full")  # a CPU
+    assert settle(settings, train_shards, None) == Way(Recompute("full"))  # a CPU
     assert capsys.readouterr().err == ""
     plain = make_settings(gradient_checkpointing=False)
-    assert settle(plain, train_shards, None) == Recompute("none")
+    assert settle(plain, train_shards, None) == Way(Recompute("none"))
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -182,6 +192,7 @@ def test_plan_prints_text_and_json(
         for precision in ("bf16", "fp8", "int8", "nf4")
         for side in (512, 768, 1024, 1328)
     }
+    assert facts["table"][0]["blocks_on_device"] == dict.fromkeys(("8", "12", "16", "24", "32"), 2)
 
     assert facts["run"]["share_of_floor"] == facts["floor_seconds_per_step"] / 0.5
     text = format_estimate(facts)

@@ -1,4 +1,5 @@
-"""What the backward pass computes anew: the cheapest way that fits the device's memory."""
+"""What the backward pass computes anew, and how many blocks' weights stay on the device: the
+cheapest way that fits its memory."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
+from qwen_lora.families.streaming import RING
 from qwen_lora.train.cost.shapes import Shape, latent_size
 from qwen_lora.train.cost.step import Cost, StepModel
 
@@ -20,10 +22,27 @@ RESERVE, RESERVE_SHARE = GIB, 0.05
 
 
 @dataclass(frozen=True)
-class Choice:
+class Way:
+    """How a step is run."""
+
     recompute: Recompute
+    on_device: int | None = None  # blocks, while the others are streamed; None: all stay
+
+    def __str__(self) -> str:
+        if self.on_device is None:
+            return f"recompute {self.recompute}"
+        return f"recompute {self.recompute} and {self.on_device} blocks on the device"
+
+
+@dataclass(frozen=True)
+class Choice:
+    way: Way
     cost: Cost
     usable: int | None  # bytes; None: no limit is known
+
+    @property
+    def recompute(self) -> Recompute:
+        return self.way.recompute
 
     @property
     def missing(self) -> int:
@@ -46,26 +65,82 @@ def fixed_recompute(settings: Settings) -> Recompute | None:
     return Recompute.parse(settings.recompute)
 
 
+def fixed_way(settings: Settings, blocks: int) -> Way | None:
+    """What the settings say by themselves, where no memory is known."""
+    recompute = fixed_recompute(settings)
+    streamed = _streamed(settings, blocks)
+    if streamed:
+        return Way(_with_streaming(recompute, streamed), blocks - streamed)
+    return Way(recompute) if recompute is not None else None
+
+
 def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
-    """The way with the fewest FLOPs whose peak fits `usable` bytes; full if none does, or if no
-    limit is known. Settings that name a way are obeyed."""
-    fixed = fixed_recompute(model.settings)
-    if fixed is None and usable is None:
-        fixed = Recompute("full")
-    if fixed is not None:
-        return Choice(fixed, model.cost(shape, fixed), usable)
-    choices = [Choice(one, model.cost(shape, one), usable) for one in _ways(model, shape, usable)]
+    """The way with the fewest FLOPs whose peak fits `usable` bytes with all blocks on the device;
+    if none does, full recomputation with as many of them there as fit. Settings that name a way are
+    obeyed. Where no limit is known, full with all of them."""
+    settings = model.settings
+    if usable is None:
+        return _of(model, shape, fixed_way(settings, model.blocks) or Way(Recompute("full")), None)
+    fixed = fixed_recompute(settings)
+    if streamed := _streamed(settings, model.blocks):
+        ways = [Recompute("some", streamed), Recompute("full")]
+        if fixed is not None:
+            ways = [_with_streaming(fixed, streamed)]
+        choices = [_of(model, shape, Way(way, model.blocks - streamed), usable) for way in ways]
+    elif fixed is not None:
+        choices = [_of(model, shape, Way(fixed), usable)]
+    else:
+        choices = [_of(model, shape, Way(way), usable) for way in _ways(model, shape, usable)]
     fitting = [choice for choice in choices if not choice.missing]
-    # In the order of `_ways` where FLOPs are equal.
-    return min(fitting, key=lambda choice: choice.cost.flops) if fitting else choices[-1]
+    if fitting:  # the first of several with as many FLOPs
+        return min(fitting, key=lambda choice: choice.cost.flops)
+    can_stream = settings.blocks_on_device == AUTO and settings.own_forward and model.parts == 1
+    if can_stream and choices[-1].recompute.kind in ("full", "selective"):
+        return most_on_device(model, shape, choices[-1].recompute, usable)
+    return choices[-1]
 
 
-def _ways(model: StepModel, shape: Shape, usable: int | None) -> Iterator[Recompute]:
+def most_on_device(model: StepModel, shape: Shape, recompute: Recompute, usable: int) -> Choice:
+    """As many blocks on the device as fit; none if nothing fits."""
+    whole = model.cost(shape, recompute)
+    if model.blocks <= RING or whole.peak <= usable:
+        return Choice(Way(recompute), whole, usable)
+    way = Way(recompute, blocks_that_fit(model, whole.peak, usable) or 0)
+    return _of(model, shape, way, usable)
+
+
+def blocks_that_fit(model: StepModel, peak: int, usable: int) -> int | None:
+    """How many blocks may stay on the device where the peak is `peak` with all of them; None if it
+    does not fit without any either."""
+    if peak <= usable:
+        return model.blocks
+    streamed = RING + -(-(peak - usable) // model.block_bytes)
+    return model.blocks - streamed if streamed <= model.blocks else None
+
+
+def _of(model: StepModel, shape: Shape, way: Way, usable: int | None) -> Choice:
+    return Choice(way, model.cost(shape, way.recompute, way.on_device), usable)
+
+
+def _streamed(settings: Settings, blocks: int) -> int:
+    """Blocks that the settings ask to stream."""
+    named = settings.blocks_on_device
+    return max(0, blocks - int(named)) if named.isdecimal() else 0
+
+
+def _with_streaming(recompute: Recompute | None, streamed: int) -> Recompute:
+    """Streamed blocks are recomputed, whatever else is."""
+    if recompute is None or recompute.kind == "some":
+        return Recompute("full")
+    return Recompute("some", streamed) if recompute.kind == "none" else recompute
+
+
+def _ways(model: StepModel, shape: Shape, usable: int) -> Iterator[Recompute]:
     # Not selective: on an H200 it took longer than recomputing whole blocks (docs/speed.md).
     yield Recompute("none")
     for blocks in range(1, model.blocks):
         some = Recompute("some", blocks)
-        if usable is None or model.cost(shape, some).peak <= usable:
+        if model.cost(shape, some).peak <= usable:
             yield some
             break
     yield Recompute("full")
@@ -75,8 +150,8 @@ def too_small(model: StepModel, shape: Shape, choice: Choice) -> str:
     """One line: by how much, and what to do."""
     assert choice.usable is not None
     line = (
-        f"the predicted peak is {choice.cost.peak / GIB:.2f} GiB with recompute "
-        f"{choice.recompute}, {choice.missing / GIB:.2f} GiB more than the "
+        f"the predicted peak is {choice.cost.peak / GIB:.2f} GiB with {choice.way}, "
+        f"{choice.missing / GIB:.2f} GiB more than the "
         f"{choice.usable / GIB:.2f} GiB that are usable"
     )
     found = what_fits(model, shape, choice.usable)
@@ -87,12 +162,25 @@ def what_fits(model: StepModel, shape: Shape, usable: int) -> list[str]:
     """Changes of one thing with which it fits."""
     settings, family = model.settings, model.family
 
+    named = settings.blocks_on_device
+    can_stream = settings.own_forward and model.parts == 1
+    fewest = 0 if can_stream and named == AUTO else None
+    if named.isdecimal():
+        fewest = int(named)
+
     def fits(to: Shape, **changes: Any) -> bool:
         changed = settings.model_copy(update={"gradient_checkpointing": True, **changes})
-        cost = StepModel(model.model, changed, model.dtype, model.parts).cost(to, Recompute("full"))
-        return cost.peak <= usable
+        other = StepModel(model.model, changed, model.dtype, model.parts)
+        return other.cost(to, Recompute("full"), fewest).peak <= usable
 
     found = []
+    if can_stream:
+        most = most_on_device(model, shape, Recompute("full"), usable)
+        if most.way.on_device is not None and named != AUTO and not most.missing:
+            found.append(f"blocks_on_device: {most.way.on_device} with recompute: full")
+    if settings.own_forward and not settings.offload_activations:
+        if fits(shape, offload_activations=True):
+            found.append("offload_activations: true")
     if fixed_recompute(settings) not in (None, Recompute("full")) and fits(shape):
         found.append("gradient_checkpointing: true with recompute: full")
     for precision in ("fp8", "int8", "nf4") if model.parts == 1 else ():

@@ -19,7 +19,15 @@ from qwen_lora.families.base import Recompute
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.remote.cache import ShardCache
-from qwen_lora.train.cost.choice import GIB, SIDES, choose, too_small, usable_bytes
+from qwen_lora.train.cost.choice import (
+    GIB,
+    SIDES,
+    blocks_that_fit,
+    choose,
+    too_small,
+    usable_bytes,
+)
+from qwen_lora.train.cost.copies import measure_copies
 from qwen_lora.train.cost.shapes import (
     BucketLoad,
     Shape,
@@ -36,6 +44,7 @@ from qwen_lora.train.table import PlanTable
 from qwen_lora.train.transformer import DTYPES, check_transformer
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB, as they are sold
+MOST_STREAMED = 32  # GB, of the cards whose blocks are counted
 PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 WAYS = ("full", "selective", "none")
 MOST_BUCKETS = 12  # whose FLOPs are counted; the others are taken for these
@@ -46,8 +55,9 @@ def estimate(
     memory_gib: float | None = None,
     tflops: float | None = None,
     run: Path | None = None,
+    h2d: float | None = None,
 ) -> dict[str, Any]:
-    """What `format_estimate` shows, as JSON values."""
+    """What `format_estimate` shows, as JSON values. h2d: GB/s of copies to the GPU."""
     model, loads = _read(settings)
     family = model.family
     dtype = DTYPES["bf16" if settings.mixed_precision == "auto" else settings.mixed_precision]
@@ -61,7 +71,10 @@ def estimate(
     rate = measure_rate() if tflops is None else tflops * 1e12
     micro_batches = settings.gradient_accumulation_steps
     per_step = micro_batches * _mean_flops(step_model, loads, choice.recompute)
-    seconds = per_step / rate
+    traffic = micro_batches * choice.cost.traffic
+    copies = _copy_rate(traffic, h2d)
+    # Copying and computing go on at the same time.
+    seconds = max(per_step / rate, traffic / copies if copies else 0.0)
     facts: dict[str, Any] = {
         "model": model.model_id,
         "parameters": step_model.parameters,
@@ -80,6 +93,14 @@ def estimate(
             "text_tokens": load.longest,
         },
         "recompute": str(choice.recompute),
+        "blocks": step_model.blocks,
+        "blocks_on_device": (
+            step_model.blocks if choice.way.on_device is None else choice.way.on_device
+        ),
+        "host_gib": round(choice.cost.host / GIB, 6),
+        "copied_gib_per_step": round(traffic / GIB, 6),
+        "copies_gb_per_s": None if copies is None else copies / 1e9,
+        "copies_measured": h2d is None and copies is not None,
         "usable_gib": None if usable is None else round(usable / GIB, 3),
         "missing_gib": round(choice.missing / GIB, 3),
         "memory_gib": _memory(choice.cost),
@@ -196,6 +217,14 @@ def _table(
             for way in ways:
                 peak = peaks[way][index]
                 row[way] = {"gib": round(peak / GIB, 4), "card_gb": smallest_card(peak)}
+            if settings.own_forward:
+                row["blocks_on_device"] = {
+                    str(card): blocks_that_fit(
+                        step_model, peaks["full"][index], usable_bytes(card * GIB)
+                    )
+                    for card in CARDS
+                    if card <= MOST_STREAMED
+                }
             rows.append(row)
     return rows
 
@@ -209,6 +238,15 @@ def peaks_of(model: StepModel, shapes: Sequence[Shape], recompute: Recompute) ->
     tokens = [model.family.image_tokens(shape.latent_size) for shape in shapes]
     slope = (last - first) / (tokens[-1] - tokens[0])
     return [round(first + slope * (count - tokens[0])) for count in tokens]
+
+
+def _copy_rate(traffic: int, h2d: float | None) -> float | None:
+    """Bytes a second: as named, or measured on a GPU where something is copied."""
+    if h2d is not None:
+        return h2d * 1e9
+    if not traffic or not torch.cuda.is_available():
+        return None
+    return measure_copies(torch.device("cuda"))
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -274,6 +312,16 @@ def format_estimate(facts: dict[str, Any]) -> str:
         f"({origin})",
         f"{facts['max_train_steps']} steps: at least {_duration(facts['floor_seconds'])}",
     ]
+    if facts["blocks_on_device"] < facts["blocks"]:
+        rate = facts["copies_gb_per_s"]
+        how = "measured here" if facts["copies_measured"] else "as given"
+        lines.insert(
+            -2,
+            f"{facts['blocks_on_device']} of {facts['blocks']} blocks stay on the device, the "
+            f"others lie in {_size(facts['host_gib'])} of host memory; a step copies "
+            f"{_size(facts['copied_gib_per_step'])}"
+            + (f" at {rate:.3g} GB/s ({how})" if rate else " (--h2d tells how fast)"),
+        )
     if (run := facts.get("run")) is not None:
         lines.append(
             f"the run: {run['step_seconds']:.3g} s a step, {100 * run['share_of_floor']:.0f} % of "
@@ -281,6 +329,8 @@ def format_estimate(facts: dict[str, Any]) -> str:
             + (f", peak {run['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in run else "")
         )
     lines += ["", *_table_lines(facts["table"]), ""]
+    if facts["own_forward"]:
+        lines += [*_streaming_lines(facts["table"], facts["blocks"]), ""]
     lines.append(
         "Arithmetic from the model's config. On an H200 the peaks of bf16 at 512 and 1024 px were "
         "within 1 % of it, lower with compile_blocks; fp8, int8 and nf4 were not measured. Cards: "
@@ -300,7 +350,25 @@ def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
             for one in found
         ]
         cells.append([row["base_precision"], str(row["side"]), *shown])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return _aligned(cells)
+
+
+def _streaming_lines(rows: list[dict[str, Any]], blocks: int) -> list[str]:
+    """How many blocks a card has room for when the others are streamed."""
+    cards = list(rows[0]["blocks_on_device"])
+    cells = [["base", "px", *(f"{card} GB card" for card in cards)]]
+    for row in rows:
+        found = [row["blocks_on_device"][card] for card in cards]
+        shown = ["-" if one is None else "all" if one == blocks else str(one) for one in found]
+        cells.append([row["base_precision"], str(row["side"]), *shown])
+    return [
+        f"blocks of {blocks} that stay on the device, with full recomputation:",
+        *_aligned(cells),
+    ]
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in cells

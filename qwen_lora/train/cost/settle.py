@@ -1,5 +1,6 @@
 # ruff: noqa: TID253
-"""At a run's start: what to compute anew, from the memory that the GPU has free."""
+"""At a run's start: what to compute anew and what to stream, from the memory that the GPU has
+free."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ import torch
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
 from qwen_lora.models import ModelFolder
-from qwen_lora.train.cost.choice import GIB, choose, fixed_recompute, too_small, usable_bytes
+from qwen_lora.train.cost.choice import (
+    GIB,
+    Choice,
+    Way,
+    choose,
+    fixed_way,
+    too_small,
+    usable_bytes,
+)
+from qwen_lora.train.cost.copies import measure_copies
 from qwen_lora.train.cost.shapes import bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.plan import BatchRule
@@ -19,7 +29,7 @@ from qwen_lora.train.table import PlanTable
 from qwen_lora.train.transformer import choose_dtype
 
 
-def settle_recompute(
+def settle_way(
     settings: Settings,
     model: ModelFolder,
     table: PlanTable,
@@ -28,13 +38,14 @@ def settle_recompute(
     memory: tuple[int, int] | None = None,
     quiet: bool = False,
     world: int = 1,
-) -> Recompute:
+) -> Way:
     """Call before the model is loaded. The choice may differ between ranks and between the starts
     of a run: it changes no bit of the result. memory: free and total bytes, of the GPU if None;
     without a GPU nothing is counted."""
     if memory is None:
         if device.type != "cuda":
-            return fixed_recompute(settings) or Recompute("full")
+            blocks = model.family.block_count(model.config("transformer"))
+            return fixed_way(settings, blocks) or Way(Recompute("full"))
         torch.cuda.empty_cache()  # what measuring attention has left counts as free
         memory = torch.cuda.mem_get_info(device)
     free, total = memory
@@ -47,11 +58,22 @@ def settle_recompute(
     if not quiet:
         height, width = load.bucket
         print(
-            f"recompute {choice.recompute}: predicted peak {choice.cost.peak / GIB:.2f} GiB for "
+            f"{choice.way}: predicted peak {choice.cost.peak / GIB:.2f} GiB for "
             f"{load.batch} x {height} x {width} px with {load.longest} text tokens, "
             f"{free / GIB:.2f} GiB are free",
             file=sys.stderr,
         )
+        if choice.cost.host:
+            print(_streaming(choice, device), file=sys.stderr)
         if choice.missing:
             print(f"warning: {too_small(step_model, shape, choice)}", file=sys.stderr)
-    return choice.recompute
+    return choice.way
+
+
+def _streaming(choice: Choice, device: torch.device) -> str:
+    cost, rate = choice.cost, measure_copies(device)
+    seconds = f", {cost.traffic / rate:.2f} s at {rate / 1e9:.1f} GB/s (measured)" if rate else ""
+    return (
+        f"the other blocks lie in {cost.host / GIB:.2f} GiB of host memory; a micro-batch copies "
+        f"{cost.traffic / GIB:.2f} GiB to the device{seconds}"
+    )

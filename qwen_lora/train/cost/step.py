@@ -15,6 +15,7 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.families.streaming import RING
 from qwen_lora.models import ModelFolder
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.trace import Traced, trace
@@ -41,6 +42,8 @@ class Cost:
     workspace: int  # what comes on top of that at the worst moment
     forward_flops: int
     backward_flops: int  # recomputation included
+    host: int = 0  # bytes of weights in host memory
+    traffic: int = 0  # bytes of them that are copied to the device
 
     @property
     def peak(self) -> int:
@@ -98,6 +101,12 @@ class StepModel:
         return whole - self.blocks * each + self.blocks * each // self.parts + gathered
 
     @cached_property
+    def block_bytes(self) -> int:
+        """Of one block's base weights."""
+        few, more = (self._skeleton(count).stored for count in (FEW, FEW + 1))
+        return more - few
+
+    @cached_property
     def lora_bytes(self) -> int:
         """float32 parameters and gradients, and what the optimizer keeps (an optimizer that this
         project does not know is taken for AdamW)."""
@@ -106,7 +115,9 @@ class StepModel:
 
     # ---- a step ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, recompute: Recompute) -> Cost:
+    def cost(self, shape: Shape, recompute: Recompute, on_device: int | None = None) -> Cost:
+        """on_device: so many blocks' weights stay on the device, and a ring of buffers has the
+        others in turn; None: all stay."""
         if recompute.kind == "some" and recompute.blocks >= self.blocks:
             recompute = Recompute("full")
         if recompute.kind == "some" and recompute.blocks == 0:
@@ -115,13 +126,18 @@ class StepModel:
             found = self._some(shape, recompute.blocks)
         else:
             found = self._whole(shape, recompute)
+        streamed = 0 if on_device is None else max(0, self.blocks - on_device)
+        gone = max(0, streamed - RING) * self.block_bytes
         return Cost(
-            weights=self.weight_bytes,
+            weights=self.weight_bytes - gone,
             lora=self.lora_bytes,
             activations=found.kept,
             workspace=found.peak - found.kept,
             forward_flops=found.forward_flops,
             backward_flops=found.backward_flops,
+            host=streamed * self.block_bytes,
+            # Each comes once in a pass; at the two turns the ring has what is needed next.
+            traffic=2 * gone,
         )
 
     def _whole(self, shape: Shape, recompute: Recompute) -> Traced:
@@ -186,7 +202,11 @@ class StepModel:
     def _run(
         self, transformer: torch.nn.Module, shape: Shape, recompute: Recompute, warm: bool
     ) -> Traced:
-        options = ForwardOptions(own=self.settings.own_forward, recompute=recompute)
+        options = ForwardOptions(
+            own=self.settings.own_forward,
+            recompute=recompute,
+            offload_activations=self.settings.offload_activations,
+        )
         self.family.prepare_training(transformer, options)
         size = (shape.batch, self._channels, *shape.latent_size)
         latents, noise = (torch.empty(size, device="meta") for _ in range(2))  # [B, C, h, w]
