@@ -118,7 +118,8 @@ def _align(transformer: torch.nn.Module) -> None:
     """On a CPU weights may still be those of the file, anywhere in it. The last bit of a product
     depends on that there, and blocks that are streamed would give another one."""
     for parameter in transformer.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNED:
+        whole = not hasattr(parameter, "device_mesh")
+        if whole and parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNED:
             parameter.data = parameter.data.clone()
 
 
