@@ -142,10 +142,16 @@ def _check_train(settings: Settings) -> Iterator[Finding]:
             ("blocks_on_device", "shard_base"),
             "is not for a base that is spread over processes; use all, or shard_base: none",
         )
+    if settings.shard_base != "none" and settings.oom_fallback:
+        yield Finding(
+            ("oom_fallback", "shard_base"),
+            "is not for a base that is spread over processes, which have to do the same",
+        )
     if not settings.own_forward:
         for key, given in (
             ("blocks_on_device", settings.blocks_on_device.isdecimal()),
             ("offload_activations", settings.offload_activations),
+            ("oom_fallback", settings.oom_fallback),
         ):
             if given:
                 yield Finding((key, "own_forward"), "needs this trainer's own_forward: true")

@@ -125,6 +125,13 @@ class TrainSettings(Section):
         command="train",
         changes="nothing",
     )
+    oom_fallback: bool = setting(
+        False,
+        "When a step runs out of GPU memory, do it again with more recomputed and fewer blocks on "
+        "the device, instead of ending the run.",
+        command="train",
+        changes="nothing",
+    )
     own_forward: bool = setting(
         True,
         "This trainer's own forward pass; false: diffusers'. The same up to rounding.",

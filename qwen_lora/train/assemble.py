@@ -37,7 +37,8 @@ from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.resume import result_settings, share_of_step
 from qwen_lora.train.run_folder import WEIGHT_HASHES
-from qwen_lora.train.sharding import base_mesh
+from qwen_lora.train.sharding import base_mesh, shards_of_base
+from qwen_lora.train.short_memory import ShortMemory
 from qwen_lora.train.sources import Sources, model_name
 from qwen_lora.train.step import SampleLosses, Stepper
 from qwen_lora.train.timesteps import TimestepSampling
@@ -247,6 +248,9 @@ def build_trainable(
         scheduler,
         scaler,
         settings,
+        ShortMemory(
+            settings, model, transformer, way, dtype, shards_of_base(settings, ranks.world)
+        ),
     )
     return Trainable(transformer, spec, parameters, losses, stepper, dtype)
 

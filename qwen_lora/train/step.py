@@ -23,6 +23,7 @@ from qwen_lora.train.gradients import SharedGradients
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.short_memory import ShortMemory
 
 MAX_SKIPPED = 20  # fp16 updates skipped in a row before the run stops
 _SHOWN_SAMPLES = 8
@@ -92,10 +93,12 @@ class Stepper:
         scheduler: Any,
         scaler: torch.amp.GradScaler,
         settings: Settings,
+        memory: ShortMemory | None = None,
     ) -> None:
         self.ranks, self.model, self.parameters = ranks, model, list(parameters)
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
+        self._memory = memory
         self._shared = SharedGradients(self.parameters) if ranks.world > 1 else None
 
     def run(self, step: int, work: Sequence[MicroStep], step_samples: int) -> StepResult:
@@ -105,8 +108,7 @@ class Stepper:
         for skipped in range(MAX_SKIPPED):
             loss, grad_norm, losses = self._accumulate(step, work, step_samples)
             if math.isfinite(loss) and math.isfinite(grad_norm):
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
+                self._update(step)
                 self.scheduler.step()
                 return StepResult(loss, grad_norm, skipped)
             if not self.scaler.is_enabled():
@@ -114,15 +116,45 @@ class Stepper:
             self.scaler.update()  # unscale_ has seen the overflow: the scale goes down
         raise self._non_finite(step, work, losses, loss, grad_norm)
 
+    def _update(self, step: int) -> None:
+        try:
+            self.scaler.step(self.optimizer)
+        except torch.OutOfMemoryError as error:  # its state is made in the first step
+            raise QwenLoraError(
+                f"step {step + 1}: the GPU's memory is too small for the optimizer; set "
+                "blocks_on_device to a smaller number, optimizer: adamw8bit, or a lower rank. "
+                "Checkpoints are intact"
+            ) from error
+        self.scaler.update()
+
     def _accumulate(
         self, step: int, work: Sequence[MicroStep], step_samples: int
     ) -> tuple[float, float, list[torch.Tensor]]:
         """Forward and backward of all micro-batches; clipped gradients are left in place. Returns
         the loss and gradient norm over all ranks and this rank's sample losses."""
+        sample_losses: list[torch.Tensor] = []
+        while (failed := self._pass(step, work, step_samples, sample_losses)) is not None:
+            # Nothing of the step has left this rank. Gradients and dropout begin anew with it.
+            assert self._memory is not None
+            self._memory.give_way(step, failed.batch)
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        for micro, losses in zip(work, sample_losses, strict=True):
+            loss_sum += losses.sum() * micro.weight
+        if self._shared is not None:
+            loss_sum = self._shared.sum(loss_sum)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = self._clip()
+        loss, norm = torch.stack([loss_sum / step_samples, grad_norm]).tolist()
+        return loss, norm, sample_losses
+
+    def _pass(
+        self, step: int, work: Sequence[MicroStep], step_samples: int, found: list[torch.Tensor]
+    ) -> MicroStep | None:
+        """Put each micro-batch's sample losses into `found`, and gradients in place. Returns the
+        one for which memory was too small, if the step may be done again with less."""
         device = self.ranks.device
         self._clear_gradients()
-        sample_losses = []
-        loss_sum = torch.zeros((), device=device)
+        found.clear()
         for micro in work:
             seed_dropout(dropout_seed(self._seed, step, micro.index), device)
             try:
@@ -130,18 +162,19 @@ class Stepper:
                 scaled = self.scaler.scale(losses.sum() * (micro.weight / step_samples))
                 self.ranks.accelerator.backward(scaled)
             except torch.OutOfMemoryError as error:
-                raise _out_of_memory(step, micro.batch) from error
+                if self._memory is not None and self._memory.may_give_way():
+                    return micro
+                raise self._out_of_memory(step, micro.batch) from error
             except Exception as error:
                 error.add_note(f"in step {step + 1}, samples {_names(micro.batch.sample_ids)}")
                 raise
-            sample_losses.append(losses.detach())
-            loss_sum += losses.detach().sum() * micro.weight
-        if self._shared is not None:
-            loss_sum = self._shared.sum(loss_sum)
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = self._clip()
-        loss, norm = torch.stack([loss_sum / step_samples, grad_norm]).tolist()
-        return loss, norm, sample_losses
+            found.append(losses.detach())
+        return None
+
+    def _out_of_memory(self, step: int, batch: LoadedBatch) -> QwenLoraError:
+        if self._memory is not None:
+            return self._memory.error(step, batch)
+        return QwenLoraError(f"step {step + 1}: the GPU's memory is too small for {batch.size}")
 
     def _clear_gradients(self) -> None:
         if self._shared is not None:
@@ -191,13 +224,3 @@ def _names(sample_ids: Sequence[str]) -> str:
     names = ", ".join(sample_ids[:_SHOWN_SAMPLES])
     more = len(sample_ids) - _SHOWN_SAMPLES
     return f"{names} and {more} more" if more > 0 else names
-
-
-def _out_of_memory(step: int, batch: LoadedBatch) -> QwenLoraError:
-    height, width = batch.latents.shape[-2:]
-    longest = max(len(embeds) for embeds in batch.prompt_embeds)
-    return QwenLoraError(
-        f"step {step + 1}: the GPU's memory is too small for a micro-batch of {batch.size} with "
-        f"latents of {height} x {width} and {longest} text tokens; lower train_batch_size, turn "
-        "gradient_checkpointing on, or set base_precision: nf4. Checkpoints are intact"
-    )

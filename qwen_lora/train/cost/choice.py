@@ -80,17 +80,21 @@ def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
     obeyed. Where no limit is known, full with all of them."""
     settings = model.settings
     if usable is None:
-        return _of(model, shape, fixed_way(settings, model.blocks) or Way(Recompute("full")), None)
+        return choice_of(
+            model, shape, fixed_way(settings, model.blocks) or Way(Recompute("full")), None
+        )
     fixed = fixed_recompute(settings)
     if streamed := _streamed(settings, model.blocks):
         ways = [Recompute("some", streamed), Recompute("full")]
         if fixed is not None:
             ways = [_with_streaming(fixed, streamed)]
-        choices = [_of(model, shape, Way(way, model.blocks - streamed), usable) for way in ways]
+        choices = [
+            choice_of(model, shape, Way(way, model.blocks - streamed), usable) for way in ways
+        ]
     elif fixed is not None:
-        choices = [_of(model, shape, Way(fixed), usable)]
+        choices = [choice_of(model, shape, Way(fixed), usable)]
     else:
-        choices = [_of(model, shape, Way(way), usable) for way in _ways(model, shape, usable)]
+        choices = [choice_of(model, shape, Way(way), usable) for way in _ways(model, shape, usable)]
     fitting = [choice for choice in choices if not choice.missing]
     if fitting:  # the first of several with as many FLOPs
         return min(fitting, key=lambda choice: choice.cost.flops)
@@ -106,7 +110,7 @@ def most_on_device(model: StepModel, shape: Shape, recompute: Recompute, usable:
     if model.blocks <= RING or whole.peak <= usable:
         return Choice(Way(recompute), whole, usable)
     way = Way(recompute, blocks_that_fit(model, whole.peak, usable) or 0)
-    return _of(model, shape, way, usable)
+    return choice_of(model, shape, way, usable)
 
 
 def blocks_that_fit(model: StepModel, peak: int, usable: int) -> int | None:
@@ -118,7 +122,7 @@ def blocks_that_fit(model: StepModel, peak: int, usable: int) -> int | None:
     return model.blocks - streamed if streamed <= model.blocks else None
 
 
-def _of(model: StepModel, shape: Shape, way: Way, usable: int | None) -> Choice:
+def choice_of(model: StepModel, shape: Shape, way: Way, usable: int | None) -> Choice:
     return Choice(way, model.cost(shape, way.recompute, way.on_device), usable)
 
 
