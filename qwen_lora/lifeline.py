@@ -76,6 +76,11 @@ def join_processes() -> Lifeline:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size <= 1 or "RANK" not in os.environ:
         return Lifeline()
+    if "LOCAL_RANK" not in os.environ:  # it chooses the GPU, and who downloads on this machine
+        raise InputError(
+            f"WORLD_SIZE is {size}, but LOCAL_RANK, this process's number on its machine, is "
+            "missing (under Slurm: LOCAL_RANK=$SLURM_LOCALID)"
+        )
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -124,8 +129,7 @@ class Lifeline:
             lifeline = cls(rank, size, line)
             lifeline.store = store
             return lifeline
-        local = host in ("localhost", "127.0.0.1")
-        with listen_on("127.0.0.1" if local else "", size) as server:
+        with listen_on(host, size) as server:
             token = secrets.token_hex(16)
             store.set(_KEY, json.dumps([server.getsockname()[1], token]))
             members = accept(server, token, size)

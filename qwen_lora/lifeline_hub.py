@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 from qwen_lora.errors import QwenLoraError
@@ -91,10 +92,22 @@ class Hub(threading.Thread):
 
 
 def listen_on(host: str, backlog: int) -> socket.socket:
-    if host or not socket.has_dualstack_ipv6():
-        return socket.create_server((host, 0), backlog=backlog)
+    """A port at the address by which the others reach process 0. On all addresses only where that
+    name says nothing here: a service in front of this machine, or a host name that /etc/hosts gives
+    a loopback address."""
+    named_here = host == "localhost" or host.startswith("127.") or host == "::1"
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    for family, _, _, _, address in found:
+        if named_here or not ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            with suppress(OSError):
+                return socket.create_server(address[:2], family=family, backlog=backlog)
+    if not socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), backlog=backlog)
     family = socket.AF_INET6
-    return socket.create_server((host, 0), family=family, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=True)
 
 
 def accept(server: socket.socket, token: str, size: int) -> dict[int, socket.socket]:

@@ -8,11 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_lora.cache_folder import cache_folder
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.posix import exclusive_lock, make_folder, write_atomic
+from qwen_lora.precompute.fingerprint import make_fingerprint
+from qwen_lora.precompute.nodes import (
+    check_same_encoders,
+    check_same_start,
+    one_place,
+    resolve_by_turns,
+)
 from qwen_lora.precompute.order import (
     Order,
     entry_from_json,
@@ -84,6 +92,10 @@ def _run(
     """Rank 0 plans and publishes, all encode."""
     if not world.first:
         order = Order.from_json(world.share())
+        if world.leads_other_node:
+            remembered = cache_folder("hashes") / "weights.json"
+            mine = make_fingerprint(model, settings, remembered)
+            check_same_encoders(mine, order.fingerprint, world)
         done, _ = _encode(order, settings, model, store, local, world)
         world.gather(_answer(done))
         return PrecomputeSummary(**world.share())
@@ -107,17 +119,13 @@ def _folder_errors(settings: Settings) -> AbstractContextManager[None]:
 
 
 def _resolve(store: Store, settings: Settings, world: World) -> ModelFolder:
-    """Rank 0 first: it may download, and the others find it in the cache. What is plainly wrong is
-    said before anything is downloaded or made."""
+    """What is plainly wrong is said before anything is downloaded or made."""
     name = settings.pretrained_model_name_or_path or DEFAULT_MODEL
+    dataset_folder(settings)
     if world.first:
-        dataset_folder(settings)
         store.check_permission()
-        model = resolve_model(name, ENCODER_PARTS)
-        world.share(True)
-        return model
-    world.share()
-    return resolve_model(name, ENCODER_PARTS)
+    check_same_start(world, settings)
+    return resolve_by_turns(world, lambda: resolve_model(name, ENCODER_PARTS))
 
 
 @contextmanager
@@ -125,7 +133,8 @@ def _locked(store: Store, settings: Settings, world: World) -> Iterator[Path]:
     """SHARDS/.local, held by rank 0 for all; what a killed run left in it is swept."""
     local = local_state(settings)
     if not world.first:
-        yield local
+        with one_place(world, store, settings):
+            yield local
         return
     with ExitStack() as held:
         with _folder_errors(settings):
@@ -137,6 +146,7 @@ def _locked(store: Store, settings: Settings, world: World) -> Iterator[Path]:
             sweep_temporaries(store)
             values = redact_values(settings.model_dump(mode="json"))
             write_atomic(local / "settings.json", canonical_json(values))
+        held.enter_context(one_place(world, store, settings))
         yield local
 
 

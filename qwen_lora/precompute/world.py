@@ -37,6 +37,16 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def leads_other_node(self) -> bool:
+        """The first process of a machine that rank 0 is not on."""
+        return self.local_rank == 0 and not self.first
+
+    def meet(self) -> None:
+        """Nobody goes on before all are here."""
+        self.gather(None)
+        self.share()
+
     def share(self, value: Any = None) -> Any:
         """Rank 0's JSON value, on every rank."""
         self._round += 1

@@ -15,11 +15,11 @@ import torch
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.modules import compute_dtype
-from qwen_lora.hashing import hash_json
-from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
+from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.format import Manifest
 from qwen_lora.shards.remote.cache import GIB
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
+from qwen_lora.train.base_model import base_of_all, content
 from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
 from qwen_lora.train.cost.choice import Way
 from qwen_lora.train.data import BatchLoader
@@ -36,7 +36,6 @@ from qwen_lora.train.plan import BatchRule, PlanTable, plan_id
 from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.resume import result_settings, share_of_step
-from qwen_lora.train.run_folder import WEIGHT_HASHES
 from qwen_lora.train.sharding import base_mesh, shards_of_base
 from qwen_lora.train.short_memory import ShortMemory
 from qwen_lora.train.sources import Sources, model_name
@@ -161,7 +160,6 @@ def run_facts(
     recorded: RunFacts | None,
 ) -> RunFacts:
     """What the result depends on; compared with the checkpoint's before a run continues."""
-    cache = settings.output_dir / WEIGHT_HASHES
     return RunFacts(
         settings=result_settings(settings),
         compute_dtype=str(choose_dtype(settings, ranks.device)).removeprefix("torch."),
@@ -169,8 +167,8 @@ def run_facts(
         plan_id=plan_id(plan.table, plan.rule),
         generations=sources.generations,
         fingerprints=sources.fingerprints,
-        base_model=ranks.on_main(lambda: base_fingerprint(model, cache)),
-        scheduler=_content(model, "scheduler") if settings.timestep_shift == "model" else None,
+        base_model=base_of_all(ranks, settings, model),
+        scheduler=content(model, "scheduler") if settings.timestep_shift == "model" else None,
         attention=_attention(ranks, settings, model, plan, recorded),
     )
 
@@ -193,17 +191,6 @@ def _attention(
         lambda: choose_attention(settings.attention, ranks.device, measure)
     )
     return chosen
-
-
-def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
-    """Names the transformer by content: config keys that are not about files, and weight hashes."""
-    weights = weight_hashes(model.weights("transformer"), cache_file)
-    return hash_json([_content(model, "transformer"), sorted(weights.values())])
-
-
-def _content(model: ModelFolder, component: str) -> dict[str, Any]:
-    """A component's config without what is about files and versions."""
-    return {k: v for k, v in model.config(component).items() if not k.startswith("_")}
 
 
 def build_trainable(

@@ -31,6 +31,7 @@ from qwen_lora.posix import fsync_folder, make_folder
 
 FORMAT = 1
 LORA_FILE, OPTIMIZER_FILE, STATE_FILE = "lora.safetensors", "optimizer.safetensors", "state.json"
+FILES = (STATE_FILE, LORA_FILE, OPTIMIZER_FILE)
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".new-"
 _REMOVED = ".old-"
@@ -108,11 +109,7 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint, keep: int) -> Path:
         """Publish a checkpoint, then remove all but the newest `keep` and any of a later step (left
         by an abandoned continuation). Raises QwenLoraError when the disk refuses."""
-        files = {
-            LORA_FILE: save(dict(checkpoint.lora)),
-            OPTIMIZER_FILE: save(dict(checkpoint.optimizer_tensors)),
-        }
-        files[STATE_FILE] = _state_json(checkpoint, files)
+        files = to_files(checkpoint)
         step = checkpoint.state.step
         try:
             make_folder(self.folder)
@@ -131,56 +128,13 @@ class CheckpointStore:
     def load(self, step: int) -> Checkpoint:
         """Read and verify one checkpoint. Raises CheckpointError naming the damaged file."""
         folder = self.path(step)
-        try:
-            return self._load(folder, self.read_state(step))
-        except (SafetensorError, *_NONSENSE) as error:
-            raise CheckpointError(
-                f"{folder} is no checkpoint of format {FORMAT}: {type(error).__name__} {error}"
-            ) from None
-
-    def _load(self, folder: Path, state: dict[str, Any]) -> Checkpoint:
-        tensors = {}
-        for name in (LORA_FILE, OPTIMIZER_FILE):
-            expected = state["files"][name]
+        files = {}
+        for name in FILES:
             try:
-                data = (folder / name).read_bytes()
+                files[name] = (folder / name).read_bytes()
             except OSError as error:
-                raise CheckpointError(f"{folder / name}: {error}") from error
-            if len(data) != expected["bytes"] or sha256_hex(data) != expected["sha256"]:
-                raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the recorded")
-            tensors[name] = load(data)
-        return Checkpoint(
-            facts=RunFacts(**_with_tuples(state["facts"])),
-            state=TrainState(**_with_tuples(state["state"])),
-            lora=tensors[LORA_FILE],
-            optimizer_tensors=tensors[OPTIMIZER_FILE],
-            optimizer=state["optimizer"],
-            scheduler=state["scheduler"],
-            scaler=state["scaler"],
-        )
-
-    def read_state(self, step: int) -> dict[str, Any]:
-        """The verified content of state.json."""
-        path = self.path(step) / STATE_FILE
-        try:
-            state = json.loads(path.read_bytes())
-            recorded = state.pop("sha256")
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if hash_json(state) != recorded:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not the recorded")
-        if state["format"] != FORMAT:
-            raise InputError(
-                f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}"
-            )
-        return dict(state)
+                raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+        return from_files(files, folder)
 
     def _publish(self, final: Path, files: Mapping[str, bytes]) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.folder))
@@ -206,6 +160,56 @@ class CheckpointStore:
         aside = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=self.folder))
         os.rename(path, aside / path.name)
         shutil.rmtree(aside)
+
+
+def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """A checkpoint as the content of its three files."""
+    files = {
+        LORA_FILE: save(dict(checkpoint.lora)),
+        OPTIMIZER_FILE: save(dict(checkpoint.optimizer_tensors)),
+    }
+    return files | {STATE_FILE: _state_json(checkpoint, files)}
+
+
+def from_files(files: Mapping[str, bytes], folder: Path) -> Checkpoint:
+    """Verify the content of the three files in `folder`. Raises CheckpointError naming one."""
+    try:
+        state = _read_state(files[STATE_FILE], folder / STATE_FILE)
+        tensors = {}
+        for name in (LORA_FILE, OPTIMIZER_FILE):
+            data, expected = files[name], state["files"][name]
+            if len(data) != expected["bytes"] or sha256_hex(data) != expected["sha256"]:
+                raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the recorded")
+            tensors[name] = load(data)
+        return Checkpoint(
+            facts=RunFacts(**_with_tuples(state["facts"])),
+            state=TrainState(**_with_tuples(state["state"])),
+            lora=tensors[LORA_FILE],
+            optimizer_tensors=tensors[OPTIMIZER_FILE],
+            optimizer=state["optimizer"],
+            scheduler=state["scheduler"],
+            scaler=state["scaler"],
+        )
+    except (SafetensorError, *_NONSENSE) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of format {FORMAT}: {type(error).__name__} {error}"
+        ) from None
+
+
+def _read_state(data: bytes, path: Path) -> dict[str, Any]:
+    """The verified content of state.json."""
+    try:
+        state = json.loads(data)
+        recorded = state.pop("sha256")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if hash_json(state) != recorded:
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the recorded")
+    if state["format"] != FORMAT:
+        raise InputError(
+            f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}"
+        )
+    return dict(state)
 
 
 def newest_good(store: CheckpointStore, wanted: str) -> tuple[Checkpoint | None, list[str]]:

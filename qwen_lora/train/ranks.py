@@ -95,6 +95,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def leads_other_node(self) -> bool:
+        """The first rank of a machine that rank 0 is not on."""
+        return self.local_rank == 0 and not self.is_main
+
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0; every rank gets its JSON result, or raises its error."""
         if self.world == 1:
@@ -117,8 +122,7 @@ class Ranks:
         """Run `work` on rank 0, then on the first rank of every other machine: what is fetched or
         made once is there for all processes, whether machines share a disk or not."""
         self.on_main(lambda: bool(work()))
-        elsewhere = self.local_rank == 0 and not self.is_main
-        self.everywhere(lambda: work() if elsewhere else None)
+        self.everywhere(lambda: work() if self.leads_other_node else None)
 
     def everywhere(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank; if one fails, all raise."""
@@ -190,11 +194,17 @@ class Ranks:
             dist.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
 
-    def _broadcast_json(self, value: Any) -> Any:
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        size = torch.tensor([data.numel()])
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's `data`, on every rank."""
+        if self.world == 1:
+            return data
+        size = torch.tensor([len(data)])
         dist.broadcast(size, src=0, group=self._group)
-        if not self.is_main:
-            data = torch.zeros(int(size), dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=self._group)
-        return json.loads(data.numpy().tobytes())
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+        if self.is_main and data:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(buffer, src=0, group=self._group)
+        return buffer.numpy().tobytes()
+
+    def _broadcast_json(self, value: Any) -> Any:
+        return json.loads(self.broadcast(json.dumps(value).encode()))

@@ -27,7 +27,14 @@ from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json, sha256_file
 from qwen_lora.posix import exclusive_lock, make_folder, write_atomic
 from qwen_lora.redact import redact_values
-from qwen_lora.train.checkpoint import Checkpoint, CheckpointStore, newest_good
+from qwen_lora.train.checkpoint import (
+    FILES,
+    Checkpoint,
+    CheckpointStore,
+    from_files,
+    newest_good,
+    to_files,
+)
 from qwen_lora.train.metrics import FILE as METRICS_FILE
 from qwen_lora.train.preview_files import PreviewFiles
 
@@ -151,14 +158,20 @@ def open_run(ranks: Ranks, settings: Settings, restart: bool) -> Iterator[RunFol
 
 
 def find_checkpoint(ranks: Ranks, run: RunFolder, settings: Settings) -> Checkpoint | None:
-    """The checkpoint to continue from, or None for a first start. Rank 0 chooses; every rank reads
-    and verifies the same one."""
+    """The checkpoint to continue from, or None for a first start. Rank 0 chooses and reads it; the
+    others, whose machines may not see its disk, get it from there."""
+    found: Checkpoint | None = None
 
     def choose() -> int | None:
+        nonlocal found
         found, notes = newest_good(run.store, settings.resume_from_checkpoint)
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
         return found.state.step if found else None
 
     step = ranks.on_main(choose)
-    return None if step is None else ranks.everywhere(lambda: run.store.load(step))
+    if step is None or ranks.world == 1:
+        return found
+    own = to_files(found) if found is not None else {}
+    files = {name: ranks.broadcast(own.get(name, b"")) for name in FILES}
+    return ranks.everywhere(lambda: found or from_files(files, run.store.path(step)))

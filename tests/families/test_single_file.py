@@ -18,7 +18,7 @@ from qwen_lora.errors import InputError
 from qwen_lora.families.qwen_image.scaled import ScaledLinear, quantize_rows
 from qwen_lora.families.qwen_image.transformer import make_modulation_table
 from qwen_lora.models import ModelFolder, resolve_model, weight_hashes
-from qwen_lora.train.assemble import base_fingerprint
+from qwen_lora.train.base_model import base_fingerprint
 
 CPU = torch.device("cpu")
 COMFY = "model.diffusion_model."

@@ -32,9 +32,10 @@ def run_rank(order: dict[str, Any]) -> None:
     from rank_faults import arm
 
     from qwen_lora import lifeline, lifeline_hub
+    from qwen_lora.precompute import nodes
 
     for name, value in order["constants"].items():
-        for module in (lifeline, lifeline_hub):
+        for module in (lifeline, lifeline_hub, nodes):
             setattr(module, name, value)
     arm(**order["fault"])
     from qwen_lora.cli import main

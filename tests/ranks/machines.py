@@ -40,10 +40,16 @@ class Machines:
         return {key: str(self.of(node) / name) for key, name in OF_MACHINE.items()}
 
     def run(
-        self, argv: Sequence[str], *, of_node: dict[int, list[str]] | None = None, **more: str
+        self,
+        argv: Sequence[str],
+        *,
+        of_node: dict[int, list[str]] | None = None,
+        without: Sequence[str] = (),
+        constants: dict[str, float] | None = None,
+        **more: str,
     ) -> Run:
         """Run `argv` on all of them as torchrun would. of_node: a machine's own arguments on top;
-        more: environment variables of all."""
+        without: variables that are not set; constants: of modules; more: variables of all."""
         port, world, orders = free_port(), sum(self.processes), []
         for node, count in enumerate(self.processes):
             for local in range(count):
@@ -56,14 +62,14 @@ class Machines:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": port,
                 }
-                values = {key: str(value) for key, value in place.items()}
+                values = {key: str(place[key]) for key in place if key not in without}
                 orders.append(
                     {
                         "argv": [*argv, *(of_node or {}).get(node, [])],
                         "environment": {**values, **self.environment(node), **more},
                         "folder": str(self.of(node)),
                         "log": str(self.folder / f"rank-{rank}.log"),
-                        "constants": {},
+                        "constants": constants or {},
                         "fault": {"name": "none", "number": 1, "shards": "", "struck": ""},
                     }
                 )

@@ -1,0 +1,45 @@
+# ruff: noqa: TID253
+"""Which base model a run trains on, by content, the same on every machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_lora.cache_folder import cache_folder
+from qwen_lora.config.schema import Settings
+from qwen_lora.errors import InputError
+from qwen_lora.hashing import hash_json
+from qwen_lora.models import ModelFolder, weight_hashes
+from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.run_folder import WEIGHT_HASHES
+
+
+def base_of_all(ranks: Ranks, settings: Settings, model: ModelFolder) -> str:
+    """The base model's fingerprint. Each machine reads its own copy: raises InputError on every
+    rank when one has another model."""
+    cache = settings.output_dir / WEIGHT_HASHES
+    first: str = ranks.on_main(lambda: base_fingerprint(model, cache))
+    own = cache_folder("hashes") / "weights.json"  # output_dir may be rank 0's alone
+
+    def compare() -> None:
+        if ranks.leads_other_node and (here := base_fingerprint(model, own)) != first:
+            raise InputError(
+                f"the base model of process {ranks.rank} ({here[:12]}...) is another than that of "
+                f"process 0 ({first[:12]}...); name the same one, with its @revision, on all "
+                "machines"
+            )
+
+    ranks.everywhere(compare)
+    return first
+
+
+def base_fingerprint(model: ModelFolder, cache_file: Path) -> str:
+    """Names the transformer by content: config keys that are not about files, and weight hashes."""
+    weights = weight_hashes(model.weights("transformer"), cache_file)
+    return hash_json([content(model, "transformer"), sorted(weights.values())])
+
+
+def content(model: ModelFolder, component: str) -> dict[str, Any]:
+    """A component's config without what is about files and versions."""
+    return {k: v for k, v in model.config(component).items() if not k.startswith("_")}
