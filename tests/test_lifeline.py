@@ -143,6 +143,31 @@ def test_a_stranger_at_the_port_is_sent_away() -> None:
         assert not thread.is_alive()
 
 
+def bound_to(host: str) -> str:
+    with lifeline_hub.listen_on(host, 1) as server:
+        return str(server.getsockname()[0])
+
+
+def test_the_hub_listens_where_the_others_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one address if the name means one here; at all of them if it does not."""
+    assert bound_to("127.0.0.1") == "127.0.0.1"
+    assert bound_to("localhost") in ("127.0.0.1", "::1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing; tells this machine's own address
+            own = probe.getsockname()[0]
+            assert own.startswith("127.") or bound_to(own) == own
+    everywhere = ("::", "0.0.0.0")
+    assert bound_to("192.0.2.7") in everywhere  # of a service in front of this machine
+    assert bound_to("no-such-name.invalid") in everywhere
+
+    def as_debian(*_: object, **__: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", as_debian)
+    assert bound_to("head-node") in everywhere
+
+
 def _in_peace(line: Lifeline) -> None:
     with line.guard():
         pass
