@@ -93,7 +93,7 @@ def _run(
     if not world.first:
         order = Order.from_json(world.share())
         if world.leads_other_node:
-            remembered = cache_folder("hashes") / "weights.json"
+            remembered = cache_folder("weight-hashes.json")
             mine = make_fingerprint(model, settings, remembered)
             check_same_encoders(mine, order.fingerprint, world)
         done, _ = _encode(order, settings, model, store, local, world)

@@ -20,7 +20,7 @@ def base_of_all(ranks: Ranks, settings: Settings, model: ModelFolder) -> str:
     rank when one has another model."""
     cache = settings.output_dir / WEIGHT_HASHES
     first: str = ranks.on_main(lambda: base_fingerprint(model, cache))
-    own = cache_folder("hashes") / "weights.json"  # output_dir may be rank 0's alone
+    own = cache_folder("weight-hashes.json")  # output_dir may be rank 0's alone
 
     def compare() -> None:
         if ranks.leads_other_node and (here := base_fingerprint(model, own)) != first:

@@ -26,7 +26,7 @@ from qwen_lora.hashing import hash_json
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.remote.cache import ShardCache
-from qwen_lora.train.assemble import base_fingerprint
+from qwen_lora.train.base_model import base_fingerprint
 from qwen_lora.train.cost.choice import usable_bytes
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import StepModel
