@@ -32,13 +32,18 @@ def _lock(buffer: torch.Tensor, pages: mmap.mmap) -> bool:
     cudart, address = CUDA.cudart(), buffer.data_ptr()
     CUDA.init()
     if int(cudart.cudaHostRegister(address, len(pages), 0)) != 0:
-        try:  # the refusal stays behind as the last error, and the next kernel would report it
-            torch.zeros(1, device="cuda")
-        except RuntimeError:
-            pass
+        _forget_error()
         return False
     weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
     return True
+
+
+def _forget_error() -> None:
+    """A refusal stays behind as the last error, which the next kernel would report as its own."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        pass
 
 
 @cache

@@ -1,0 +1,238 @@
+"""Blocks streamed from host memory: predicted and measured memory, seconds and copies of a step.
+
+python benchmarks/streaming.py [--on-device all 40 20 0] [--px N] [--text N] [--batch N]
+                               [--blocks N] [--width HEADS] [--rank N] [--compile] [--offload]
+
+Random weights of Qwen-Image's shapes (without the modulation layers, for which random rows stand)
+are made block by block; a streamed block goes to host memory at once, and fewer blocks on the
+device come out of the same model. "predicted s" is the larger of two: the seconds of the first row
+(on a card that holds it all), or else its FLOPs at the rate of a matrix product; and the bytes
+that are copied at the rate measured here. "same bits" compares loss and gradients with the first
+row's, kernels set to be deterministic. On a CPU take --width 1 --blocks 5 --px 32 --text 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from common import machine, print_table
+from memory import Passes, model_folder
+from train_step import RandomTable
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
+from qwen_lora.families.qwen_image.transformer import make_empty
+from qwen_lora.families.streaming import BlockStreamer, spread
+from qwen_lora.train.attention import choose_attention, measure_on, use_attention
+from qwen_lora.train.cost.choice import GIB
+from qwen_lora.train.cost.copies import measure_copies
+from qwen_lora.train.cost.estimate import measure_rate
+from qwen_lora.train.cost.shapes import Shape
+from qwen_lora.train.cost.step import Cost, StepModel
+from qwen_lora.train.cost.trace import trace
+from qwen_lora.train.lora import LoraSpec, add_lora
+
+WARM_UP = 2
+
+
+def make_transformer(model: StepModel, on_device: int, device: torch.device) -> Any:
+    """Random weights and a LoRA that is not zero. Streamed blocks leave the device one by one."""
+    torch.manual_seed(0)
+    transformer: Any = make_empty(model.model)
+    transformer.pos_embed.to(device)
+    transformer.modulation_table = RandomTable(
+        model.blocks, transformer.inner_dim, model.dtype, device.type == "cuda"
+    )
+    streamer = BlockStreamer(device)
+    streamed = set(spread(model.blocks, model.blocks - on_device))
+    for index, block in enumerate(transformer.transformer_blocks):
+        for name in LAYERS:
+            parent = block.get_submodule(name.split(".")[0])
+            parent[1] = TabledLinear(parent[1], device, model.dtype)
+        fill(block, device, model.dtype)
+        if index in streamed:
+            streamer.store(index, block)
+    fill(transformer, device, model.dtype)
+    streamer.finish()
+    transformer.streamer = streamer
+    transformer.requires_grad_(False)
+    spec = LoraSpec.from_settings(model.settings)
+    for _, parameter in add_lora(transformer, spec, model.family, 0):
+        torch.nn.init.normal_(parameter, 0, 0.02)
+        parameter.grad = torch.zeros_like(parameter)
+    return transformer.train()
+
+
+def fill(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give memory and numbers to every parameter that has none yet."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if parameter.ndim == 1:
+                torch.nn.init.constant_(value, float(leaf == "weight"))
+            else:
+                torch.nn.init.normal_(value, 0, 0.02)
+            frozen = torch.nn.Parameter(value, requires_grad=False)
+            module.get_submodule(owner)._parameters[leaf] = frozen
+
+
+class Measured:
+    """One number of blocks on the device."""
+
+    def __init__(self, passes: Passes, steps: int) -> None:
+        transformer = passes.transformer
+        self.streamer: BlockStreamer = transformer.streamer  # type: ignore[assignment]
+        self.on_gpu = self.streamer.device.type == "cuda"
+        self.numbers = self._numbers(passes)
+        for _ in range(WARM_UP):
+            passes.losses().sum().backward()
+        self._wait()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before, started = self.streamer.copied_bytes, time.perf_counter()
+        for _ in range(steps):
+            passes.losses().sum().backward()
+        self._wait()
+        self.seconds = (time.perf_counter() - started) / steps
+        self.copied = (self.streamer.copied_bytes - before) // steps
+        self.peak = torch.cuda.max_memory_allocated() if self.on_gpu else self._on_cpu(passes)
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def _numbers(self, passes: Passes) -> list[torch.Tensor]:
+        """Loss and gradients of one pass, on the host."""
+        parameters = [p for p in passes.transformer.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        losses = passes.losses()
+        losses.sum().backward()
+        torch.use_deterministic_algorithms(False)
+        return [losses.detach().cpu(), *(p.grad.cpu() for p in parameters if p.grad is not None)]
+
+    def _on_cpu(self, passes: Passes) -> int:
+        """The storages of a pass and of what is held."""
+        found = trace(passes.losses, "cpu", warm=True).peak
+        held = [*passes.transformer.parameters(), passes.latents, passes.noise, *passes.texts]
+        held += [p.grad for p in passes.transformer.parameters() if p.grad is not None]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        return found + sum(storages.values())
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str:
+    if all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+        return "yes"
+    pairs = zip(ours[1:], theirs[1:], strict=True)
+    apart = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+    return f"no, {float(apart / torch.stack([b.norm() for b in theirs[1:]]).norm()):.1e}"
+
+
+def measure(model: StepModel, options: argparse.Namespace, device: torch.device) -> None:
+    shape = Shape((options.px // 8, options.px // 8), (options.text,) * options.batch)
+    wanted = [model.blocks if n == "all" else int(n) for n in options.on_device]
+    copies = measure_copies(device)
+    rate = measure_rate()
+    if copies:
+        print(f"copies to the device: {copies / 1e9:.1f} GB/s, products: {rate / 1e12:.0f} TFLOP/s")
+    tokens = model.family.image_tokens(shape.latent_size) + options.text
+    heads = (options.batch, options.width, tokens, 128)
+    chosen = choose_attention("auto", device, measure_on(device, model.dtype, heads))
+    use_attention(chosen)
+    started = time.perf_counter()
+    transformer = make_transformer(model, max(wanted), device)
+    print(f"attention {chosen or 'torch'}; model made in {time.perf_counter() - started:.0f} s")
+    passes = Passes(model, transformer, shape)
+    rows: list[list[object]] = []
+    first: Measured | None = None
+    compute = 0.0
+    for on_device in sorted(wanted, reverse=True):
+        how = ForwardOptions(
+            recompute=Recompute("full"),
+            compiled=options.compile,
+            blocks_on_device=on_device,
+            offload_activations=options.offload,
+        )
+        model.family.prepare_training(transformer, how)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        cost = model.cost(shape, Recompute("full"), on_device)
+        found = Measured(passes, options.steps)
+        first = first or found
+        compute = compute or (found.seconds if on_device == model.blocks else cost.flops / rate)
+        rows.append(row(model, on_device, cost, found, first, compute, copies))
+    columns = "on device,predicted GiB,measured GiB,error,host GiB,s/step,predicted s,GiB copied"
+    print_table(
+        f"this project, {model.blocks} blocks, {options.width} heads, {options.batch} x "
+        f"{options.px} px with {options.text} text tokens, {str(model.dtype).split('.')[1]}, full "
+        f"recompute{', compiled' * options.compile}{', activations offloaded' * options.offload}",
+        [*columns.split(","), "predicted", "GB/s", "same bits"],
+        rows,
+    )
+
+
+def row(
+    model: StepModel,
+    on_device: int,
+    cost: Cost,
+    found: Measured,
+    first: Measured,
+    compute: float,
+    copies: float | None,
+) -> list[object]:
+    # What the optimizer keeps is not allocated here.
+    predicted = cost.peak - cost.lora + 8 * model.lora_parameters
+    seconds = max(compute, cost.traffic / copies) if copies else compute
+    return [
+        on_device,
+        f"{predicted / GIB:.3f}",
+        f"{found.peak / GIB:.3f}",
+        f"{100 * (predicted / found.peak - 1):+.1f} %",
+        f"{found.streamer.host_bytes / GIB:.2f}",
+        f"{found.seconds:.3f}",
+        f"{seconds:.3f}",
+        f"{found.copied / GIB:.3f}",
+        f"{cost.traffic / GIB:.3f}",
+        f"{found.copied / found.seconds / 1e9:.1f}",
+        same(found.numbers, first.numbers),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--on-device", nargs="+", default=["all", "40", "20", "0"])
+    parser.add_argument("--px", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--blocks", type=int, default=60)
+    parser.add_argument("--width", type=int, default=24, help="heads of 128")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--offload", action="store_true")
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    print(machine())
+    if on_gpu:
+        print(f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    settings = Settings(rank=options.rank, offload_activations=options.offload)
+    with tempfile.TemporaryDirectory() as name:
+        folder = model_folder(Path(name), options.width, options.blocks)
+        model = StepModel(folder, settings, torch.bfloat16)
+        measure(model, options, torch.device("cuda" if on_gpu else "cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
