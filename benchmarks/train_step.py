@@ -48,8 +48,8 @@ WAYS = {
     "full": "this project, full recompute",
     "selective": "this project, selective recompute",
     "none": "this project, nothing recomputed",
-    "compiled-full": "this project, compiled, full recompute",
-    "compiled-selective": "this project, compiled, selective recompute",
+    "compiled-full": "this project, compiled, memory budget 0 (full recompute)",
+    "compiled-some": "this project, compiled, memory budget 0.25",
     "compiled-none": "this project, compiled, nothing recomputed",
 }
 
@@ -116,6 +116,8 @@ def make_loop(
     model = make_transformer(options, accelerator.device, tabled)
     add_lora(model, LoraSpec.from_settings(Settings(rank=rank)), family, seed=0)
     recompute = "full" if way == "plain" else way.removeprefix("compiled-")
+    if recompute == "some":
+        recompute = str(3 * options.layers // 4)
     family.prepare_training(
         model, ForwardOptions(way != "plain", Recompute.parse(recompute), compiled)
     )

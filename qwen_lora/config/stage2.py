@@ -106,8 +106,8 @@ class TrainSettings(Section):
     recompute: str = setting(
         "auto",
         "What gradient_checkpointing computes anew: full (each block), selective (all but matrix "
-        "products and attention), a number of blocks, or auto: as little as the GPU's memory "
-        "allows (full on a CPU).",
+        "products and attention), a number of blocks (if compiled: that much memory), or auto: as "
+        "little as the GPU's memory allows (full on a CPU).",
         command="train",
         changes="nothing",
     )
@@ -138,9 +138,10 @@ class TrainSettings(Section):
         command="train",
         changes="result",
     )
-    compile_blocks: bool = setting(
-        False,
-        "torch.compile of the transformer's blocks. The same up to rounding.",
+    compile_blocks: Literal["auto"] | bool = setting(
+        "auto",
+        "torch.compile of the transformer's blocks; auto: on a GPU where torch's compiler works, "
+        "for runs of 200 steps and more. The same up to rounding.",
         command="train",
         changes="result",
     )

@@ -58,7 +58,9 @@ class Recompute:
 
     @classmethod
     def parse(cls, text: str) -> Recompute:
-        """none, selective, full, or the number of blocks. Raises ValueError."""
+        """none, selective, full, or the number of blocks, as it is written or printed. Raises
+        ValueError."""
+        text = text.removesuffix(" blocks")
         if text.isdecimal():
             return cls("some", int(text))
         if text in ("none", "selective", "full"):
@@ -69,6 +71,14 @@ class Recompute:
         if self.kind == "some":
             return (index + 1) * self.blocks // of > index * self.blocks // of
         return self.kind != "none"
+
+    def budget(self, of: int) -> float:
+        """For compiled blocks, of which there are `of`: the share of what nothing recomputed would
+        keep that they may keep. A number of blocks is the memory that recomputing them whole would
+        leave, for all blocks alike."""
+        if self.kind == "some":
+            return 1 - min(self.blocks, of) / of
+        return 0.0 if self.kind == "full" else 1.0
 
     def __str__(self) -> str:
         return f"{self.blocks} blocks" if self.kind == "some" else self.kind
@@ -200,6 +210,18 @@ class Family(Protocol):
     ) -> torch.nn.Module:
         """What `load_transformer` would make, on the meta device and with so many blocks: it can
         be run for its shapes. Only the transformer's config is read."""
+        ...
+
+    def compiled_bytes(
+        self,
+        transformer: torch.nn.Module,
+        latent_size: tuple[int, int],
+        text_tokens: int,
+        batch: int,
+        budget: float,
+    ) -> int:
+        """What a compiled block in the middle keeps for the backward pass besides its inputs, of
+        what `empty_transformer` made with a LoRA on it. budget: `Recompute.budget`."""
         ...
 
     def stored_bytes(self, transformer: torch.nn.Module) -> int:

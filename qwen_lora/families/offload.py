@@ -14,15 +14,18 @@ import torch
 
 from qwen_lora.families.host_memory import CUDA, host_buffer
 
+LARGE = 1 << 20  # bytes; of what is smaller, copies would take longer than they are worth
+
 
 class ActivationOffload:
-    """`keeping(block)` is around each checkpointed block of a forward pass."""
+    """`keeping(block)` is around each block of a forward pass that is checkpointed or compiled."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._free: list[torch.Tensor] = []  # host buffers
         self._kept: dict[int, list[_Kept]] = {}  # by block, of the newest pass
         self._block = 0
+        self._shared: frozenset[int] | None = None
         # Tensors on their way to the host, with the event of their arrival.
         self._leaving: list[tuple[torch.Tensor, Any]] = []
         self._stream = CUDA.Stream(device) if device.type == "cuda" else None
@@ -32,9 +35,13 @@ class ActivationOffload:
         self._forget_left()
         self._kept = {}
 
-    def keeping(self, block: int) -> AbstractContextManager[Any]:
+    def keeping(
+        self, block: int, shared: frozenset[int] | None = None
+    ) -> AbstractContextManager[Any]:
+        """shared, for a compiled block: the storages that are not its own (weights, rotations);
+        large tensors in all others leave. None, for a checkpointed one: its two inputs do."""
         self._forget_left()
-        self._block = block
+        self._block, self._shared = block, shared
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     @property
@@ -44,8 +51,8 @@ class ActivationOffload:
     # ---- to the host and back --------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if tensor.ndim != 3 or not tensor.is_contiguous():
-            return tensor  # not one of the two streams of tokens: small
+        if not tensor.is_contiguous() or not self._leaves(tensor):
+            return tensor
         kept = _Kept(self, tensor, self._block)
         self._kept.setdefault(self._block, []).append(kept)
         arrived = None
@@ -59,6 +66,12 @@ class ActivationOffload:
             kept.host().copy_(tensor)
         self._leaving.append((tensor, arrived))
         return kept
+
+    def _leaves(self, tensor: torch.Tensor) -> bool:
+        if self._shared is None:
+            return tensor.ndim == 3  # one of the two streams of tokens
+        large = tensor.numel() * tensor.element_size() >= LARGE
+        return large and tensor.untyped_storage().data_ptr() not in self._shared
 
     def _forget_left(self) -> None:
         """Memory of what has left may be used again once it is copied: the device waits for that,

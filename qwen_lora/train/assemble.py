@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.families.base import Recompute
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.format import Manifest
@@ -171,6 +172,13 @@ def run_facts(
         scheduler=content(model, "scheduler") if settings.timestep_shift == "model" else None,
         attention=_attention(ranks, settings, model, plan, recorded),
     )
+
+
+def chosen_here(settings: Settings, facts: RunFacts, recompute: Recompute) -> RunFacts:
+    """The facts with what was chosen for this machine."""
+    if settings.compile_blocks is not True:
+        return replace(facts, compiled=False)
+    return replace(facts, compiled=True, recompute=str(recompute))
 
 
 def _attention(

@@ -50,7 +50,10 @@ class RunFacts:
     fingerprints: tuple[str, ...]  # fingerprint hash of each shard set
     base_model: str  # hash over the transformer's config and weight files
     scheduler: dict[str, Any] | None = None  # its config, where timestep_shift: model follows it
-    attention: str | None = None  # the GPU kernel in use; not compared, a resume takes it over
+    # What was chosen for this machine; not compared, a resume takes it over.
+    attention: str | None = None  # the GPU's kernel
+    compiled: bool | None = None  # what compile_blocks: auto came to
+    recompute: str | None = None  # of compiled blocks, which round by it
 
 
 @dataclass(frozen=True)

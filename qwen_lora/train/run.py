@@ -49,6 +49,7 @@ def train(settings: Settings, restart: bool = False) -> TrainResult:
 
 def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStack) -> TrainResult:
     from qwen_lora.train import assemble
+    from qwen_lora.train.compiling import settle_compile
     from qwen_lora.train.cost.settle import settle_way
     from qwen_lora.train.preview_plan import settle_previews
     from qwen_lora.train.ranks import start_ranks
@@ -78,15 +79,18 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                     return done
             drawn = settle_previews(ranks, settings, sources, plan, model.family)
             ranks.on_main(lambda: run.write_settings(settings))
+            settings = settle_compile(settings, ranks.device, recorded)
             way = settle_way(
                 settings,
                 model,
                 plan.table,
                 plan.rule,
                 ranks.device,
+                recorded,
                 quiet=not ranks.is_main,
                 world=ranks.world,
             )
+            facts = assemble.chosen_here(settings, facts, way.recompute)
             trainable = assemble.build_trainable(ranks, settings, model, facts, way, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
             job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)

@@ -103,7 +103,7 @@ def forward_options(
     return ForwardOptions(
         own=settings.own_forward,
         recompute=recompute,
-        compiled=settings.compile_blocks,
+        compiled=settings.compile_blocks is True,
         blocks_on_device=blocks_on_device,
         offload_activations=settings.offload_activations,
     )

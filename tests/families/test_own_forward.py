@@ -195,8 +195,8 @@ def test_fewer_operators_than_diffusers(tiny_model: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
 def test_compiled_shapes_make_few_graphs(tiny_model: Path) -> None:
-    """Buckets, batch sizes and text lengths of all kinds: the numbers of the eager path, and no
-    graph for each of them."""
+    """Buckets, batch sizes and text lengths of all kinds, equal and mixed: the numbers of the eager
+    path, and no graph for each of them."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -210,7 +210,8 @@ def test_compiled_shapes_make_few_graphs(tiny_model: Path) -> None:
         for size in ((4, 6), (6, 4), (8, 8), (2, 10), (10, 4))
         for batch, length in ((1, 3), (1, 17), (2, 9), (3, 5))
     ]
-    for (height, width), lengths in [*cases, ((4, 6), [3, 8])]:
+    cases += [(size, lengths) for size in ((4, 6), (8, 8)) for lengths in ([3, 8], [5, 2, 9])]
+    for (height, width), lengths in cases:
         batch = len(lengths)
         inputs = (
             torch.randn(batch, 16, height, width, generator=random),

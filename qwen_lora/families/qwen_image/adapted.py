@@ -37,6 +37,11 @@ def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
             continue
         base, up = layer.base_layer, layer.lora_B[ADAPTER].weight.to(x.dtype)
         scaling = layer.scaling[ADAPTER]
+        if torch.compiler.is_compiling():
+            # The sum goes into the kernel that reads it; an addmm would copy its first argument.
+            delta = F.linear(next(parts), up) * scaling
+            outputs.append(torch.unflatten(base(flat) + delta, 0, x.shape[:-1]))
+            continue
         if type(base) is ScaledLinear:
             out = torch.addmm(base(flat), next(parts), up.t(), alpha=scaling)  # [tokens, out]
             outputs.append(torch.unflatten(out, 0, x.shape[:-1]))

@@ -34,6 +34,19 @@ class Rotations:
 Lengths = tuple[int, ...] | None  # tokens of each prompt, or None when they are equal
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys and values of one block: image's [B, n, H, d], text's [B, T, H, d] or of all
+    prompts one behind the other. The last block has no text queries."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    text_q: torch.Tensor | None
+    text_k: torch.Tensor
+    text_v: torch.Tensor
+
+
 def join_texts(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Lengths]:
     """[T_i, D] each -> [B, T, D] and None, or [1, sum of T_i, D] and the lengths."""
     lengths = tuple(len(prompt) for prompt in prompts)
@@ -42,11 +55,12 @@ def join_texts(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Lengths]:
     return torch.cat(list(prompts))[None], lengths
 
 
-def spread(rows: torch.Tensor, lengths: Lengths) -> torch.Tensor:
-    """One row a sample, [B, X], for its text tokens: [B, 1, X] or [1, sum of T_i, X]."""
+def owners(lengths: Lengths, device: torch.device) -> torch.Tensor | None:
+    """For each text token the sample that it belongs to, [sum of T_i]; None for equal lengths."""
     if lengths is None:
-        return rows[:, None]
-    return torch.cat([row.expand(n, -1) for row, n in zip(rows, lengths, strict=True)])[None]
+        return None
+    counts = torch.tensor(lengths, device=device)
+    return torch.repeat_interleave(counts, output_size=sum(lengths))
 
 
 def run_block(
@@ -56,52 +70,39 @@ def run_block(
     image_rows: torch.Tensor,
     text_rows: torch.Tensor,
     rotations: Rotations,
+    owner: torch.Tensor | None,
     lengths: Lengths,
     last: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """image: [B, n, D]; text, lengths: as `join_texts` makes them; image_rows, text_rows: [B, 6 D],
-    what the modulation layers give. Returns both; after the last block text is unfinished."""
-    image_first, image_second = image_rows[:, None].chunk(2, dim=-1)  # [B, 1, 3 D]
-    text_first, text_second = spread(text_rows, lengths).chunk(2, dim=-1)
-    image_in, image_gate = _modulate(block.img_norm1(image), image_first)
-    text_in, text_gate = _modulate(block.txt_norm1(text), text_first)
-    image_out, text_out = _attend(block.attn, image_in, text_in, rotations, lengths, last)
-
-    image = image + image_gate * image_out
-    image_in, image_gate = _modulate(block.img_norm2(image), image_second)
-    image = image + image_gate * _mlp(block.img_mlp, image_in)
-    if text_out is not None:
-        text = text + text_gate * text_out
-        text_in, text_gate = _modulate(block.txt_norm2(text), text_second)
-        text = text + text_gate * _mlp(block.txt_mlp, text_in)
-    if image.dtype == torch.float16:  # as diffusers: float16 overflows here
-        image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
-    return image, text
+) -> Pair:
+    """image: [B, n, D]; text, lengths: as `join_texts` makes them; owner: of `owners`; image_rows,
+    text_rows: [B, 6 D], what the modulation layers give. Returns both; after the last block text
+    is unfinished."""
+    of_image, of_text = modulations(image_rows, None), modulations(text_rows, owner)
+    heads = before_attention(block, image, text, of_image, of_text, rotations, last)
+    image_out, text_out = attend(heads, lengths)
+    return after_attention(block, image, text, image_out, text_out, of_image, of_text)
 
 
-def _modulate(x: torch.Tensor, rows: torch.Tensor) -> Pair:
-    shift, scale, gate = rows.chunk(3, dim=-1)
-    return x * (1 + scale) + shift, gate
+def modulations(rows: torch.Tensor, owner: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """(shift, scale, gate) of both norms from [B, 6 D]: six of [B, 1, D] or [1, sum of T_i, D]."""
+    rows = rows[:, None] if owner is None else rows[owner][None]
+    return rows.chunk(6, dim=-1)
 
 
-def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """diffusers' FeedForward with approximate GELU (its dropout is 0)."""
-    up, down = mlp.net[0].proj, mlp.net[2]
-    (hidden,) = project([up], x)
-    (out,) = project([down], F.gelu(hidden, approximate="tanh"))
-    return out
-
-
-def _attend(
-    attention: Any,
+def before_attention(
+    block: Any,
     image: torch.Tensor,
     text: torch.Tensor,
+    of_image: Sequence[torch.Tensor],
+    of_text: Sequence[torch.Tensor],
     rotations: Rotations,
-    lengths: Lengths,
     last: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Joint attention, text before image as in diffusers. In the last block text is only looked
-    at."""
+) -> Heads:
+    """The first norms and all projections; of_image, of_text: as `modulations` gives them. In the
+    last block text is only looked at."""
+    image = _modulate(block.img_norm1(image), *of_image[:2])
+    text = _modulate(block.txt_norm1(text), *of_text[:2])
+    attention = block.attn
     heads, width = attention.heads, attention.inner_dim // attention.heads
 
     def split(x: torch.Tensor) -> torch.Tensor:
@@ -118,24 +119,58 @@ def _attend(
         text_q, text_k, text_v = map(split, project([attention.add_q_proj, *added], text))
         text_q = rotate(attention.norm_added_q(text_q), rotations.text)
     text_k = rotate(attention.norm_added_k(text_k), rotations.text)
-    image_out, text_out = _joint(q, k, v, text_q, text_k, text_v, lengths)
-    (image_out,) = project([attention.to_out[0]], image_out)
-    if text_out is None:
-        return image_out, None
-    (text_out,) = project([attention.to_add_out], text_out)
-    return image_out, text_out
+    return Heads(q, k, v, text_q, text_k, text_v)
 
 
-def _joint(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    text_q: torch.Tensor | None,
-    text_k: torch.Tensor,
-    text_v: torch.Tensor,
-    lengths: Lengths,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled dot products over text and image of each sample. Returns [B, n, D] and the text's."""
+def after_attention(
+    block: Any,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    image_out: torch.Tensor,
+    text_out: torch.Tensor | None,
+    of_image: Sequence[torch.Tensor],
+    of_text: Sequence[torch.Tensor],
+) -> Pair:
+    """Output projections and both MLPs; image_out, text_out: what `attend` gives."""
+    (image_out,) = project([block.attn.to_out[0]], image_out)
+    image = _mlp_added(block.img_norm2, block.img_mlp, image, image_out, *of_image[2:])
+    if text_out is not None:
+        (text_out,) = project([block.attn.to_add_out], text_out)
+        text = _mlp_added(block.txt_norm2, block.txt_mlp, text, text_out, *of_text[2:])
+    if image.dtype == torch.float16:  # as diffusers: float16 overflows here
+        image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
+    return image, text
+
+
+def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+def _mlp_added(
+    norm: Any,
+    mlp: Any,
+    x: torch.Tensor,
+    attended: torch.Tensor,
+    first_gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    x = x + first_gate * attended
+    return x + gate * _mlp(mlp, _modulate(norm(x), shift, scale))
+
+
+def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' FeedForward with approximate GELU (its dropout is 0)."""
+    up, down = mlp.net[0].proj, mlp.net[2]
+    (hidden,) = project([up], x)
+    (out,) = project([down], F.gelu(hidden, approximate="tanh"))
+    return out
+
+
+def attend(heads: Heads, lengths: Lengths) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Joint scaled dot products over text and image of each sample, text first as in diffusers.
+    Returns [B, n, D] and the text's."""
     if lengths is None:
         ranges = [(slice(None), slice(None), slice(None))]
     else:
@@ -146,10 +181,13 @@ def _joint(
         ]
     images, texts = [], []
     for sample, row, part in ranges:
-        of_text = text_k[row, part].shape[1] if text_q is not None else 0
-        query = q[sample] if text_q is None else torch.cat([text_q[row, part], q[sample]], dim=1)
-        key = torch.cat([text_k[row, part], k[sample]], dim=1)
-        value = torch.cat([text_v[row, part], v[sample]], dim=1)
+        query = heads.q[sample]
+        of_text = 0
+        if heads.text_q is not None:
+            text_q = heads.text_q[row, part]
+            query, of_text = torch.cat([text_q, query], dim=1), text_q.shape[1]
+        key = torch.cat([heads.text_k[row, part], heads.k[sample]], dim=1)
+        value = torch.cat([heads.text_v[row, part], heads.v[sample]], dim=1)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
@@ -157,7 +195,7 @@ def _joint(
         images.append(out[:, of_text:])
         texts.append(out[:, :of_text])
     image = images[0] if len(images) == 1 else torch.cat(images)
-    if text_q is None:
+    if heads.text_q is None:
         return image, None
     return image, texts[0] if len(texts) == 1 else torch.cat(texts, dim=1)
 

@@ -8,8 +8,7 @@ its text output needs, and prompts of different lengths are neither padded nor m
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -22,11 +21,17 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from qwen_lora.cache_folder import cache_folder
 from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.modules import ADAPTER
 from qwen_lora.families.offload import ActivationOffload
-from qwen_lora.families.qwen_image.blocks import Lengths, Pair, Rotations, join_texts, run_block
+from qwen_lora.families.qwen_image.blocks import (
+    Lengths,
+    Pair,
+    Rotations,
+    join_texts,
+    owners,
+    run_block,
+)
 from qwen_lora.families.qwen_image.modulation import modulation_rows
 from qwen_lora.families.qwen_image.sharded import is_sharded, take_over_forward
 from qwen_lora.families.streaming import BlockStreamer
@@ -43,11 +48,12 @@ class OwnForward:
         self.sharded = is_sharded(transformer)
         if self.sharded:
             take_over_forward(transformer)
-        self.run_block: Block = _compiled(run_block) if options.compiled else run_block
         self.streamer: BlockStreamer | None = getattr(transformer, "streamer", None)
         self.offload: ActivationOffload | None = None
+        self._weights: frozenset[int] = frozenset()  # their storages
         if options.offload_activations:
             self.offload = ActivationOffload(transformer.img_in.weight.device)
+            self._weights = _storages((*transformer.parameters(), *transformer.buffers()))
         loras = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
         self.lora_ranks = {layer.r[ADAPTER] for layer in loras}
         self.draws = any(
@@ -55,37 +61,50 @@ class OwnForward:
             for layer in loras
             for dropout in layer.lora_dropout.values()
         )
+        # What has a memory budget instead of being run again, and what is run again: LoRA dropout
+        # must come out the same, weights may have left the device.
+        self._budgeted = options.compiled and not self.draws and not self.sharded
+        self._run: Block = run_block
+        self._run_again: Block = run_block
+        if options.compiled:
+            from qwen_lora.families.qwen_image.compiled import CompiledBlock
+
+            budget = options.recompute.budget(len(transformer.transformer_blocks))
+            self._run_again = CompiledBlock(1.0)
+            self._run = CompiledBlock(budget) if self._budgeted else self._run_again
 
     def begin(self) -> None:
         for part in (self.streamer, self.offload):
             if part is not None:
                 part.begin()
 
-    def way(self, index: int, blocks: int, run: Block) -> Block:
-        """How to run block `index` now; its weights are on the device from here on."""
-        streamed = False
+    def way(self, index: int, blocks: int, mixed: bool, rotations: Rotations) -> Block:
+        """How to run block `index` now; its weights are on the device from here on. mixed: the
+        batch has captions of different lengths."""
+        training = torch.is_grad_enabled()
+        again = training and self._runs_again(index, blocks, mixed)
+        run = self._run_again if again else self._run
         if self.streamer is not None:
             self.streamer.enter(index)
-            streamed = index in self.streamer
             run = self.streamer.reentering(index, run)
-        if not torch.is_grad_enabled():
-            return run
-        if not (streamed or self.recompute.applies_to(index, blocks)):
-            return run
-        run = _recomputed(run, self)
-        return run if self.offload is None else _within(self.offload.keeping(index), run)
+        if again:
+            run = _recomputed(run, self)
+        if training and self.offload is not None:
+            if again:
+                run = _within(self.offload.keeping(index), run)
+            elif self._budgeted and not mixed:
+                shared = self._weights | _storages((*rotations.image, *rotations.text))
+                run = _within(self.offload.keeping(index, shared), run)
+        return run
 
-
-def _compiled(function: Block) -> Block:
-    # One graph serves all blocks, whose weights are its inputs, and all buckets and captions, whose
-    # token counts are symbols in it (see `predict`). What makes another one is listed here: the
-    # first, a middle and the last block; gradients or none; a batch of one, of two, of any number.
-    from torch import _dynamo
-
-    _dynamo.config.recompile_limit = max(18, _dynamo.config.recompile_limit)
-    # Not in the system's temporary folder: the next run finds what this one has compiled.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
-    return torch.compile(function)
+    def _runs_again(self, index: int, blocks: int, mixed: bool) -> bool:
+        if self.streamer is not None and index in self.streamer:
+            return True
+        if self._budgeted and not mixed:
+            return False
+        if self.compiled and self.recompute.kind == "selective":
+            return False  # its graphs compute element-wise work anew by themselves
+        return self.recompute.applies_to(index, blocks)
 
 
 def predict(
@@ -104,18 +123,13 @@ def predict(
     text = transformer.txt_in(transformer.txt_norm(text))
     time = transformer.time_text_embed(sigmas.to(image.device, image.dtype), image)  # [B, D]
     rows = modulation_rows(transformer, sigmas, time)
-    # A graph would be made for each combination of lengths: those batches run without one.
-    block_of = how.run_block if lengths is None else run_block
-    rotations = _rotations(
-        transformer, grid, text.shape[1], lengths, real=block_of is not run_block
-    )
-    if block_of is not run_block:
-        _mark_token_counts(image, text, rotations)
+    owner = owners(lengths, image.device)
+    rotations = _rotations(transformer, grid, text.shape[1], lengths, real=how.compiled)
     last = len(transformer.transformer_blocks) - 1
     how.begin()
     for index, block in enumerate(transformer.transformer_blocks):
-        run = how.way(index, last + 1, block_of)
-        rest = (partial(rows, index), rotations, lengths, index == last)
+        run = how.way(index, last + 1, lengths is not None, rotations)
+        rest = (partial(rows, index), rotations, owner, lengths, index == last)
         work = partial(_run_one, run, block, *rest)
         # Called as a module the block has its weights, also for its modulation.
         image, text = block(image, text, work) if how.sharded else work(image, text)
@@ -127,12 +141,13 @@ def _run_one(
     block: Any,
     rows: Callable[[], Pair],
     rotations: Rotations,
+    owner: torch.Tensor | None,
     lengths: Lengths,
     last: bool,
     image: torch.Tensor,
     text: torch.Tensor,
 ) -> Pair:
-    return run(block, image, text, *rows(), rotations, lengths, last)
+    return run(block, image, text, *rows(), rotations, owner, lengths, last)
 
 
 def _recomputed(run: Block, how: OwnForward) -> Block:
@@ -142,6 +157,10 @@ def _recomputed(run: Block, how: OwnForward) -> Block:
             create_selective_checkpoint_contexts, _keep_products(how.lora_ranks)
         )
     return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=how.draws, **context)
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def _within(context: AbstractContextManager[Any], run: Block) -> Block:
@@ -189,15 +208,6 @@ def _rotations(
         text = torch.cat([text[:count] for count in lengths])
     image, text = image[:, None], text[:, None]
     return Rotations(_parts(image), _parts(text)) if real else Rotations(image, text)
-
-
-def _mark_token_counts(image: torch.Tensor, text: torch.Tensor, rotations: Rotations) -> None:
-    from torch import _dynamo
-
-    for tensor, dimension in ((image, 1), (text, 1)):
-        _dynamo.maybe_mark_dynamic(tensor, dimension)
-    for tensor in (*rotations.image, *rotations.text):
-        _dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _parts(numbers: torch.Tensor) -> Pair:

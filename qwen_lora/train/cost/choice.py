@@ -142,12 +142,21 @@ def _with_streaming(recompute: Recompute | None, streamed: int) -> Recompute:
 def _ways(model: StepModel, shape: Shape, usable: int) -> Iterator[Recompute]:
     # Not selective: on an H200 it took longer than recomputing whole blocks (docs/speed.md).
     yield Recompute("none")
-    for blocks in range(1, model.blocks):
+    for blocks in _counts(model):
         some = Recompute("some", blocks)
         if model.cost(shape, some).peak <= usable:
             yield some
             break
     yield Recompute("full")
+
+
+def _counts(model: StepModel) -> list[int]:
+    """Numbers of recomputed blocks that are tried. Compiled blocks have few memory budgets: each
+    takes its time to compile."""
+    if model.settings.compile_blocks is not True:
+        return list(range(1, model.blocks))
+    found = {round(share * model.blocks) for share in (0.5, 0.75, 0.9)}
+    return sorted(found - {0, model.blocks})
 
 
 def too_small(model: StepModel, shape: Shape, choice: Choice) -> str:

@@ -19,6 +19,7 @@ from qwen_lora.families.base import Recompute
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.remote.cache import ShardCache
+from qwen_lora.train.compiling import settle_compile
 from qwen_lora.train.cost.choice import (
     GIB,
     SIDES,
@@ -58,6 +59,8 @@ def estimate(
     h2d: float | None = None,
 ) -> dict[str, Any]:
     """What `format_estimate` shows, as JSON values. h2d: GB/s of copies to the GPU."""
+    if torch.cuda.is_available():
+        settings = settle_compile(settings, torch.device("cuda"), None)
     model, loads = _read(settings)
     family = model.family
     dtype = DTYPES["bf16" if settings.mixed_precision == "auto" else settings.mixed_precision]

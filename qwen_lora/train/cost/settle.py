@@ -11,7 +11,9 @@ import torch
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
 from qwen_lora.models import ModelFolder
+from qwen_lora.train.checkpoint import RunFacts
 from qwen_lora.train.cost.choice import (
+    AUTO,
     GIB,
     Choice,
     Way,
@@ -35,13 +37,17 @@ def settle_way(
     table: PlanTable,
     rule: BatchRule,
     device: torch.device,
-    memory: tuple[int, int] | None = None,
+    recorded: RunFacts | None = None,
     quiet: bool = False,
     world: int = 1,
+    memory: tuple[int, int] | None = None,
 ) -> Way:
     """Call before the model is loaded. The choice may differ between ranks and between the starts
-    of a run: it changes no bit of the result. memory: free and total bytes, of the GPU if None;
-    without a GPU nothing is counted."""
+    of a run: it changes no bit of the result, but where blocks are compiled, and there the
+    recorded one is kept. memory: free and total bytes, of the GPU if None; without a GPU nothing
+    is counted."""
+    if recorded and recorded.recompute and settings.recompute == AUTO:
+        settings = settings.model_copy(update={"recompute": recorded.recompute})
     if memory is None:
         if device.type != "cuda":
             blocks = model.family.block_count(model.config("transformer"))

@@ -18,7 +18,7 @@ from qwen_lora.families.base import ForwardOptions, Recompute
 from qwen_lora.families.streaming import RING
 from qwen_lora.models import ModelFolder
 from qwen_lora.train.cost.shapes import Shape
-from qwen_lora.train.cost.trace import Traced, trace
+from qwen_lora.train.cost.trace import Traced, flash_attention, trace
 from qwen_lora.train.lora import LoraSpec, add_lora
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.transformer import uses_table
@@ -69,6 +69,7 @@ class StepModel:
         self._channels, self._text_width = facts["latent_channels"], facts["text_width"]
         self._made: dict[int, _Skeleton] = {}
         self._traced: dict[tuple[int, Shape, Recompute], Traced] = {}
+        self._kept: dict[tuple[Shape, float], int] = {}
 
     # ---- held through the run --------------------------------------------------------------
 
@@ -122,7 +123,9 @@ class StepModel:
             recompute = Recompute("full")
         if recompute.kind == "some" and recompute.blocks == 0:
             recompute = Recompute("none")
-        if recompute.kind == "some" and self.blocks > FEW + 1:
+        if self._budgeted(shape):
+            found = self._compiled(shape, recompute)
+        elif recompute.kind == "some" and self.blocks > FEW + 1:
             found = self._some(shape, recompute.blocks)
         else:
             found = self._whole(shape, recompute)
@@ -165,6 +168,43 @@ class StepModel:
         backward = none.backward_flops + (end.backward_flops - few.backward_flops)
         backward += inner * (each_full.backward_flops - each_none.backward_flops)
         return Traced(kept, kept + max(peaks), none.forward_flops, backward)
+
+    def _budgeted(self, shape: Shape) -> bool:
+        """Whether blocks keep what a compiler's memory budget allows. A batch of different caption
+        lengths is not counted so: it takes no more than without the compiler."""
+        settings = self.settings
+        return (
+            settings.compile_blocks is True
+            and settings.own_forward
+            and settings.lora_dropout == 0
+            and self.parts == 1
+            and self.blocks > 2
+            and len(set(shape.text_tokens)) == 1
+        )
+
+    def _compiled(self, shape: Shape, recompute: Recompute) -> Traced:
+        """Recomputing whole blocks without a compiler takes as much as the budget 0."""
+        none, full = (self._whole(shape, Recompute(kind)) for kind in ("none", "full"))
+        budget = recompute.budget(self.blocks)
+        kept = full.kept
+        if budget:
+            key = (shape, budget)
+            if key not in self._kept:
+                with flash_attention():
+                    self._kept[key] = self.family.compiled_bytes(
+                        self._skeleton(FEW).transformer,
+                        shape.latent_size,
+                        shape.text_tokens[0],
+                        shape.batch,
+                        budget,
+                    )
+            # Those in host memory: one block's stay until they have left, or come ahead of use.
+            held = 2 if self.settings.offload_activations else self.blocks
+            kept += held * self._kept[key]
+        anew = round((1 - budget) * (full.backward_flops - none.backward_flops))
+        return Traced(
+            kept, kept + full.peak - full.kept, none.forward_flops, none.backward_flops + anew
+        )
 
     def _each(self, shape: Shape, recompute: Recompute) -> Traced:
         """What one more block adds."""

@@ -37,9 +37,9 @@ def trace(forward: Callable[[], torch.Tensor], device: str = "meta", warm: bool 
     """Run `forward`, which returns losses, and the backward pass of their sum. warm: it has run
     before, with images of this size."""
     if not warm:
-        with _flash_attention(), torch.no_grad():
+        with flash_attention(), torch.no_grad():
             forward()  # what is made once and kept (rotations) belongs to no step
-    with _flash_attention(), Live(device) as live:
+    with flash_attention(), Live(device) as live:
         losses = forward()
         kept, flops = live.bytes, live.flops
         losses.sum().backward()  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _flash_attention() -> Iterator[None]:
+def flash_attention() -> Iterator[None]:
     """On the meta device torch would choose the attention that writes out all scores; GPUs run one
     that keeps its inputs, its output and one number a row."""
     functional: Any = torch.nn.functional

@@ -1,0 +1,210 @@
+# ruff: noqa: TID253
+"""Blocks through torch.compile: one graph for all of them, whose weights are its inputs. Importing
+this loads the compiler.
+
+What a graph keeps for its backward pass and what it computes anew there is decided by torch's
+partitioner under a memory budget: a share between 0 (the block's inputs alone) and 1 (all but cheap
+element-wise work). Recomputed is only what the backward pass needs: not, as when a whole block is
+run again, the last product of each MLP.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import _dynamo
+from torch._functorch import config
+from torch._functorch.aot_autograd import aot_module
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+
+from qwen_lora.cache_folder import cache_folder
+from qwen_lora.errors import QwenLoraError
+from qwen_lora.families.qwen_image.blocks import (
+    Heads,
+    Lengths,
+    Pair,
+    Rotations,
+    after_attention,
+    attend,
+    before_attention,
+    modulations,
+    run_block,
+)
+
+
+class CompiledBlock:
+    """`run_block`, compiled. Batches of different caption lengths run as two graphs with attention
+    between them, since each sample attends by itself."""
+
+    def __init__(self, budget: float) -> None:
+        # One graph serves all buckets and captions, whose token counts are symbols in it. What
+        # makes another one is listed here: the first, a middle and the last block; gradients or
+        # none; a batch of one, of two, of any number.
+        _dynamo.config.recompile_limit = max(18, _dynamo.config.recompile_limit)
+        # Not in the system's temporary folder: the next run finds what this one has compiled.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
+        backend = partial(_compile, budget)
+        self._whole = torch.compile(run_block, backend=backend)
+        self._before = torch.compile(_before, backend=backend)
+        self._after = torch.compile(_after, backend=backend)
+
+    def __call__(
+        self,
+        block: Any,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        image_rows: torch.Tensor,
+        text_rows: torch.Tensor,
+        rotations: Rotations,
+        owner: torch.Tensor | None,
+        lengths: Lengths,
+        last: bool,
+    ) -> Pair:
+        _vary(1, image, text)  # numbers of tokens
+        _vary(0, *rotations.image, *rotations.text)
+        if owner is None:
+            whole: Pair = self._whole(
+                block, image, text, image_rows, text_rows, rotations, owner, lengths, last
+            )
+            return whole
+        _vary(0, owner, image, image_rows, text_rows)  # and of samples
+        heads = self._before(block, image, text, image_rows, text_rows, owner, rotations, last)
+        image_out, text_out = attend(heads, lengths)
+        _vary(0, image_out)
+        _vary(1, image_out, *([] if text_out is None else [text_out]))
+        after: Pair = self._after(
+            block, image, text, image_out, text_out, image_rows, text_rows, owner
+        )
+        return after
+
+
+def _vary(dimension: int, *tensors: Any) -> None:
+    """A size that becomes a symbol of the graph."""
+    for tensor in tensors:
+        _dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def _before(
+    block: Any,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    image_rows: torch.Tensor,
+    text_rows: torch.Tensor,
+    owner: torch.Tensor | None,
+    rotations: Rotations,
+    last: bool,
+) -> Heads:
+    rows = modulations(image_rows, None), modulations(text_rows, owner)
+    return before_attention(block, image, text, *rows, rotations, last)
+
+
+def _after(
+    block: Any,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    image_out: torch.Tensor,
+    text_out: torch.Tensor | None,
+    image_rows: torch.Tensor,
+    text_rows: torch.Tensor,
+    owner: torch.Tensor | None,
+) -> Pair:
+    rows = modulations(image_rows, None), modulations(text_rows, owner)
+    return after_attention(block, image, text, image_out, text_out, *rows)
+
+
+def _compile(
+    budget: float, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]
+) -> Callable[..., Any]:
+    with config.patch(activation_memory_budget=budget):
+        try:
+            return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
+        except Exception as error:  # whatever is missing in the machine's compilers
+            reason = " ".join(str(error).split())[:300]
+            raise QwenLoraError(
+                f"torch's compiler failed ({reason}); set compile_blocks: false"
+            ) from error
+
+
+# ---- what a graph keeps --------------------------------------------------------------------------
+
+
+class _Alone(torch.nn.Module):
+    """One block with its tensors as inputs, as ahead-of-time tracing wants it."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor, *others: torch.Tensor) -> Pair:
+        image_rows, text_rows, *parts = others
+        rotations = Rotations((parts[0], parts[1]), (parts[2], parts[3]))
+        return run_block(
+            self.block, image, text, image_rows, text_rows, rotations, None, None, False
+        )
+
+
+def kept_bytes(transformer: Any, batch: int, tokens: int, text_tokens: int, budget: float) -> int:
+    """What one block in the middle keeps for its backward pass besides its inputs, by torch's own
+    partitioner. transformer: with its LoRA, on the meta device. Nothing is compiled."""
+    found = 0
+
+    def split(joint: Any, inputs: Any, *, num_fwd_outputs: int, **others: Any) -> Any:
+        nonlocal found
+        with config.patch(activation_memory_budget=budget):
+            parts = min_cut_rematerialization_partition(
+                joint, inputs, num_fwd_outputs=num_fwd_outputs, **others
+            )
+        outputs = cast(Sequence[Any], parts[0].graph.output_node().args[0])
+        kept = outputs[num_fwd_outputs:]
+        sources = {_source(node) for node in kept}
+        found = sum(_bytes(node) for node in sources if node.op != "placeholder")
+        return parts
+
+    traced = aot_module(
+        _Alone(transformer.transformer_blocks[1]),
+        fw_compiler=_uncompiled,
+        bw_compiler=_uncompiled,
+        partition_fn=split,
+        decompositions=select_decomp_table(),
+    )
+    width, head = transformer.inner_dim, transformer.config.attention_head_dim
+    dtype = transformer.img_in.weight.dtype
+
+    def empty(*shape: int, of: torch.dtype = dtype, needs_grad: bool = False) -> torch.Tensor:
+        return torch.empty(*shape, device="meta", dtype=of, requires_grad=needs_grad)
+
+    traced(
+        empty(batch, tokens, width, needs_grad=True),
+        empty(batch, text_tokens, width, needs_grad=True),
+        *(empty(batch, 6 * width) for _ in range(2)),
+        *(empty(tokens, 1, head // 2, of=torch.float32) for _ in range(2)),
+        *(empty(text_tokens, 1, head // 2, of=torch.float32) for _ in range(2)),
+    )
+    return found
+
+
+def _uncompiled(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+    return graph
+
+
+_VIEWS = ("permute", "view", "alias", "unsqueeze", "squeeze", "slice", "transpose", "expand", "t")
+
+
+def _source(node: torch.fx.Node) -> torch.fx.Node:
+    """The node whose memory this one looks at."""
+    while isinstance(node.target, torch._ops.OpOverload) and (
+        node.target._opname in _VIEWS or node.target._opname.startswith("_unsafe_view")
+    ):
+        node = cast(torch.fx.Node, node.args[0])
+    return node
+
+
+def _bytes(node: torch.fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -1,0 +1,43 @@
+# ruff: noqa: TID253
+"""Whether a run compiles its blocks, where the settings leave it open."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from qwen_lora.config.schema import Settings
+from qwen_lora.train.checkpoint import RunFacts
+
+MIN_STEPS = 200  # a new machine's first run compiles for about a minute
+
+
+def settle_compile(settings: Settings, device: torch.device, recorded: RunFacts | None) -> Settings:
+    """The settings with compile_blocks true or false. recorded: of the run that goes on; each way
+    rounds differently."""
+    if settings.compile_blocks != "auto":
+        return settings
+    chosen = recorded.compiled if recorded else _worthwhile(settings, device)
+    return settings.model_copy(update={"compile_blocks": bool(chosen)})
+
+
+def _worthwhile(settings: Settings, device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and settings.own_forward
+        and settings.base_precision != "nf4"  # bitsandbytes' layers break each graph
+        and settings.max_train_steps >= MIN_STEPS
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and compiler_works()
+    )
+
+
+def compiler_works() -> bool:
+    """Triton, and a C compiler for what it launches."""
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(
+        name and shutil.which(name) for name in compilers
+    )
