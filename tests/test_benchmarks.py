@@ -1,5 +1,6 @@
 """The benchmark scripts run; what they measure is theirs to say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
     "data_path.py": ["--samples", "4", "--repeats", "1"],
+    "loading.py": ["--mib", "2", "--heads", "1", "--ways", "int8"],
+    "low_precision.py": ["--tokens", "32", "--width", "32", "--repeats", "1", "--no-compile"],
     "mixed_lengths.py": ["--px", "64", "--layers", "1", "--heads", "1", "--repeats", "1"],
     "precompute.py": [
         "--px",
@@ -70,3 +73,29 @@ def test_it_prints_its_table(name: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "machine:" in done.stdout and "-----" in done.stdout
     assert "this project" in done.stdout or "ShardSet.read" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_loading_holds_what_stays_and_less_than_a_block(tmp_path: Path) -> None:
+    """Memory of the process's own, at real widths: weights that keep their type stay in the mapped
+    file; of the others a few copies of one weight come on top. One block is 648 MiB."""
+    environment = os.environ | {"PYTHONPATH": f"{BENCHMARKS.parent}:{BENCHMARKS}"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    make = "import sys; from loading import MIB, Path, make_checkpoint as make; "
+    make += "print(make(Path(sys.argv[1]), 24, 1300 * MIB, 500 * MIB))"
+    block = int(run("-c", make, str(tmp_path)))
+    in_8_bits = 2 * (block * 2 / 3 * 11 / 12) / 2  # of two blocks' weights but the modulation
+    for way, stays in (("bf16", 0), ("fp8", in_8_bits), ("int8", in_8_bits)):
+        script = str(BENCHMARKS / "loading.py")
+        found = json.loads(run(script, "--one", way, "--folder", str(tmp_path)))
+        print(way, found)
+        assert found["stays"] < 1.05 * stays + (150 << 20)
+        assert found["above"] < block / 2

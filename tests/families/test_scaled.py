@@ -230,3 +230,25 @@ def test_compiled_in_one_graph(kind: str, products: str) -> None:
         assert mine.grad is not None and theirs.grad is not None
         assert off(mine.grad, theirs.grad) < 0.02
         assert off(compiled(mine), layer(theirs)) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_one_input_quantise_it_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v: the same numbers as one by one, also where one of them is another layer."""
+    from qwen_lora.families.qwen_image.adapted import project
+
+    made_layers = [made(kind, "forward", torch.bfloat16) for _ in range(3)]
+    layers, x = [layer for layer, *_ in made_layers], made_layers[0][2]
+    calls: list[int] = []
+
+    def count(*arguments: Any) -> Any:
+        calls.append(1)
+        return quantize_rows(*arguments)
+
+    monkeypatch.setattr(scaled, "quantize_rows", count)
+    together = project(layers, x)
+    assert len(calls) == 1
+    assert all(torch.equal(out, layer(x)) for out, layer in zip(together, layers, strict=True))
+    calls.clear()
+    project([*layers, torch.nn.Linear(INS, 8, dtype=torch.bfloat16)], x)
+    assert len(calls) == 3

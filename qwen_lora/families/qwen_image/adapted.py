@@ -17,15 +17,22 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
 from qwen_lora.families.modules import ADAPTER
-from qwen_lora.families.qwen_image.scaled import ScaledLinear
+from qwen_lora.families.qwen_image.scaled import ScaledLinear, shared_rows
 
 
 def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
     """What each of `layers` (Linears, with or without LoRA) makes of x [., ., in]."""
     adapted = [layer for layer in layers if _is_plain_lora(layer)]
-    if not adapted:
-        return [layer(x) for layer in layers]
     flat = x.flatten(0, -2)  # [tokens, in]
+    bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+    rows = shared_rows(bases, flat)
+
+    def alone(layer: Any) -> torch.Tensor:
+        out: torch.Tensor = layer(x, rows) if type(layer) is ScaledLinear else layer(x)
+        return out
+
+    if not adapted:
+        return [alone(layer) for layer in layers]
     downs = [layer.lora_A[ADAPTER].weight for layer in adapted]  # [r, in] float32 each
     joined = downs[0] if len(downs) == 1 else torch.cat(downs)
     small = F.linear(flat, joined.to(x.dtype))  # [tokens, sum of r]
@@ -33,7 +40,7 @@ def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
     outputs = []
     for layer in layers:
         if not _is_plain_lora(layer):
-            outputs.append(layer(x))
+            outputs.append(alone(layer))
             continue
         base, up = layer.base_layer, layer.lora_B[ADAPTER].weight.to(x.dtype)
         scaling = layer.scaling[ADAPTER]
@@ -43,7 +50,7 @@ def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
             outputs.append(torch.unflatten(base(flat) + delta, 0, x.shape[:-1]))
             continue
         if type(base) is ScaledLinear:
-            out = torch.addmm(base(flat), next(parts), up.t(), alpha=scaling)  # [tokens, out]
+            out = torch.addmm(base(flat, rows), next(parts), up.t(), alpha=scaling)  # [tokens, out]
             outputs.append(torch.unflatten(out, 0, x.shape[:-1]))
             continue
         if base.bias is None:

@@ -10,6 +10,7 @@ is kept. (W8A8 with a frozen weight, as OneTrainer trains; row-wise scales as to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from qwen_lora.errors import InputError
 
+Rows = tuple[torch.Tensor, torch.Tensor]  # [rows, n] in 8 bits, [rows] their scales
 KINDS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 PRODUCTS = ("none", "forward", "both")
@@ -46,14 +48,14 @@ class Stored:
         return self.values.float() * self.scale[:, None]  # [out, in]
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, n] -> the same in `dtype`, and [rows] float32: what to multiply its rows by."""
-    limit = LIMITS[dtype]
-    scale = x.abs().amax(dim=1).float().clamp(min=_TINY) / limit
-    scaled = x * (1 / scale)[:, None]  # float32
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> Rows:
+    """[rows, n] -> the same in `dtype`, and [rows] float32: what to multiply its rows by. A row
+    that is not finite gets a scale that is not."""
+    scale = x.abs().amax(dim=1).float().clamp(min=_TINY) / LIMITS[dtype]
+    scaled = x * (1 / scale)[:, None]  # float32; beyond the limit by rounding at most
     if dtype == torch.int8:
-        scaled = scaled.round()
-    return scaled.clamp(-limit, limit).to(dtype), scale
+        scaled = scaled.round_()
+    return scaled.to(dtype), scale
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -98,15 +100,26 @@ class ScaledLinear(torch.nn.Linear):
             dense = weight.to(device) if isinstance(weight, torch.Tensor) else weight.dense()
             self.weight_t, self.scale_t = quantize_rows(dense.to(device).t().contiguous(), self.low)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
+        """rows: what `shared_rows` made of the input."""
         flat = input.flatten(0, -2)  # [tokens, in]
         # Plain Python on shapes: torch.compile makes it a guard.
         products = self.products if flat.shape[0] > FEW_ROWS else "none"
+        weights = (self.weight, self.scale, self.bias, self.weight_t, self.scale_t)
         apply: Any = _Product.apply
-        out: torch.Tensor = apply(
-            flat, self.weight, self.scale, self.bias, self.weight_t, self.scale_t, products
-        )
+        out: torch.Tensor = apply(flat, *weights, *(rows or (None, None)), products)
         return torch.unflatten(out, 0, input.shape[:-1])
+
+
+def shared_rows(layers: Sequence[torch.nn.Module], x: torch.Tensor) -> Rows | None:
+    """The input of several layers, [tokens, in], in 8 bits, if all of them multiply it so."""
+    first = layers[0]
+    if len(x) <= FEW_ROWS or not isinstance(first, ScaledLinear):
+        return None
+    if any(getattr(layer, "products", "none") == "none" for layer in layers):
+        return None
+    with torch.no_grad():
+        return quantize_rows(x, first.low)
 
 
 class _Product(torch.autograd.Function):
@@ -121,20 +134,23 @@ class _Product(torch.autograd.Function):
         bias: torch.Tensor | None,
         values_t: torch.Tensor | None,
         scale_t: torch.Tensor | None,
+        low: torch.Tensor | None,
+        rows: torch.Tensor | None,
         products: str,
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale, values_t, scale_t)
         ctx.both = products == "both"
         if products == "none":
             return F.linear(x, dequantize(values, scale, x.dtype), bias)
-        low, rows = quantize_rows(x, values.dtype)
+        if low is None or rows is None:
+            low, rows = quantize_rows(x, values.dtype)
         if values.dtype == torch.int8:
             return _int8_product(low, values.t(), rows, scale, bias, x.dtype)
         return _fp8_product(low, values.t(), rows, scale, bias, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 8
         if not ctx.needs_input_grad[0]:
             return None, *nothing
         values, scale, values_t, scale_t = ctx.saved_tensors
