@@ -23,9 +23,18 @@ def host_buffer(size: int, device: torch.device) -> torch.Tensor:
     """
     pages = mmap.mmap(-1, max(size, 1))
     buffer = torch.frombuffer(pages, dtype=torch.uint8)[:size]
-    if device.type == "cuda" and not _lock(buffer, pages):
+    if is_gpu(device) and not _lock(buffer, pages):
         _warn_once()
     return buffer
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """On the current stream, between a GPU and locked memory, without waiting for it."""
+    target.copy_(source, non_blocking=True)
 
 
 def _lock(buffer: torch.Tensor, pages: mmap.mmap) -> bool:

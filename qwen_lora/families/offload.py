@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qwen_lora.families.host_memory import CUDA, host_buffer
+from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
 
 LARGE = 1 << 20  # bytes; of what is smaller, copies would take longer than they are worth
 
@@ -28,7 +28,7 @@ class ActivationOffload:
         self._shared: frozenset[int] | None = None
         # Tensors on their way to the host, with the event of their arrival.
         self._leaving: list[tuple[torch.Tensor, Any]] = []
-        self._stream = CUDA.Stream(device) if device.type == "cuda" else None
+        self._stream = CUDA.Stream(device) if is_gpu(device) else None
 
     def begin(self) -> None:
         """A forward pass begins; what an earlier one has left is not needed."""
@@ -57,13 +57,13 @@ class ActivationOffload:
         self._kept.setdefault(self._block, []).append(kept)
         arrived = None
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                kept.host().copy_(tensor, non_blocking=True)
+            self._stream.wait_stream(CUDA.current_stream(self.device))
+            with CUDA.stream(self._stream):
+                copy(kept.host(), tensor)
             arrived = CUDA.Event()
             arrived.record(self._stream)
         elif kept.buffer is not None:
-            kept.host().copy_(tensor)
+            copy(kept.host(), tensor)
         self._leaving.append((tensor, arrived))
         return kept
 
@@ -78,7 +78,7 @@ class ActivationOffload:
         after the block's computing, and the host does not."""
         for _, arrived in self._leaving:
             if arrived is not None:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
+                CUDA.current_stream(self.device).wait_event(arrived)
         self._leaving = []
 
     def _unpack(self, packed: Any) -> torch.Tensor:
@@ -89,7 +89,7 @@ class ActivationOffload:
         found, packed.fetched = packed.fetched, None
         assert found is not None
         if packed.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(packed.arrived)
+            CUDA.current_stream(self.device).wait_event(packed.arrived)
         for kept in self._kept.get(packed.block - 1, ()):
             self._fetch(kept)
         return found
@@ -101,13 +101,13 @@ class ActivationOffload:
         kept.fetched = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
         if self._stream is not None:
             # Its memory may be in use by what is queued.
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                kept.fetched.copy_(kept.host(), non_blocking=True)
+            self._stream.wait_stream(CUDA.current_stream(self.device))
+            with CUDA.stream(self._stream):
+                copy(kept.fetched, kept.host())
             kept.arrived = CUDA.Event()
             kept.arrived.record(self._stream)
         elif kept.buffer is not None:
-            kept.fetched.copy_(kept.host())
+            copy(kept.fetched, kept.host())
 
     # ---- host memory -----------------------------------------------------------------------
 

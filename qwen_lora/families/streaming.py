@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qwen_lora.families.host_memory import CUDA, host_buffer
+from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
 
 RING = 2  # buffers: one in use, one that is filled
 ALIGNED = 64  # bytes; every type and every kernel may start there
@@ -69,7 +69,7 @@ class BlockStreamer:
         self._buffers: list[torch.Tensor] = []
         self._holds: list[int | None] = []  # the turn whose bytes a buffer has
         self._active: int | None = None  # the turn that may be computing
-        self._stream = CUDA.Stream(device) if device.type == "cuda" else None
+        self._stream = CUDA.Stream(device) if is_gpu(device) else None
         self._filled: list[Any] = []  # events
 
     def __contains__(self, block: int) -> bool:
@@ -103,7 +103,7 @@ class BlockStreamer:
     def finish(self) -> None:
         """Make the ring for what is stored. Call it again after storing more."""
         if self._stream is not None:
-            torch.cuda.synchronize(self.device)
+            CUDA.synchronize(self.device)
         self._order = sorted(self._stored)
         self._turns = {block: turn for turn, block in enumerate(self._order)}
         size = max((stored.host.numel() for stored in self._stored.values()), default=0)
@@ -145,7 +145,7 @@ class BlockStreamer:
         if turn is not None:
             self._fetch(turn)
             if self._stream is not None:
-                compute = torch.cuda.current_stream(self.device)
+                compute = CUDA.current_stream(self.device)
                 compute.wait_event(self._filled[self._buffer_of(turn)])
         self._active = turn
 
@@ -178,11 +178,11 @@ class BlockStreamer:
         host = self._stored[self._order[turn]].host
         buffer = self._buffers[number][: host.numel()]
         if self._stream is None:
-            buffer.copy_(host)
+            copy(buffer, host)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                buffer.copy_(host, non_blocking=True)
+            self._stream.wait_stream(CUDA.current_stream(self.device))
+            with CUDA.stream(self._stream):
+                copy(buffer, host)
                 self._filled[number].record(self._stream)
         self._holds[number] = turn
         self.copied_bytes += host.numel()

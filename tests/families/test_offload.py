@@ -12,6 +12,7 @@ import torch
 
 from qwen_lora.families.offload import ActivationOffload
 from qwen_lora.train.cost.shapes import Shape
+from tests.families.late_copies import copies_are_late
 from tests.families.test_streaming import (
     BLOCKS,
     Poisoned,
@@ -62,6 +63,16 @@ def test_not_a_bit_differs(
     step = step_of(tmp_path / "b", on_device, way, offload=True)
     check_equal(trained(step, steps=2), expected)
     assert Poisoning.log
+
+
+def test_copies_that_come_as_late_as_they_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has left is not given away before it is read, and what comes back is waited for."""
+    expected = trained(step_of(tmp_path / "a", None), steps=2)
+    late = copies_are_late(monkeypatch)
+    check_equal(trained(step_of(tmp_path / "b", None, offload=True), steps=2), expected)
+    assert late.late == 2 * 2 * 2 * BLOCKS
 
 
 def test_one_block_ahead_and_each_tensor_once(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from qwen_lora.families.streaming import BlockStreamer, spread, stream_more
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.lora import LoraSpec, add_lora
+from tests.families.late_copies import copies_are_late
 from tests.train.test_step_cost import RealStep, small, step_model
 
 CPU = torch.device("cpu")
@@ -214,6 +215,23 @@ def test_more_blocks_can_go_at_any_time(
     after = set(step.transformer.streamer.blocks)
     assert before < after and len(after) == 5
     check_equal(trained(step), resident)
+
+
+@pytest.mark.parametrize("ring", [2, 3])
+@pytest.mark.parametrize("on_device", [0, 3])
+def test_copies_that_come_as_late_as_they_may(
+    tmp_path: Path,
+    resident: list[torch.Tensor],
+    streamer_is: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    on_device: int,
+    ring: int,
+) -> None:
+    """Nobody reads a buffer before the copy into it has been waited for."""
+    late = copies_are_late(monkeypatch)
+    streamer_is(BlockStreamer, ring)
+    check_equal(trained(step_of(tmp_path, on_device, offload=on_device == 3)), resident)
+    assert late.late > 20
 
 
 def test_they_are_spread_evenly() -> None:
