@@ -47,6 +47,10 @@ SMALLEST = {
         *("--on-device", "all", "2", "0", "--blocks", "5", "--width", "1", "--px", "32"),
         *("--text", "4", "--rank", "2", "--steps", "1", "--offload"),
     ],
+    "sharded_base.py": [
+        *("--layers", "2", "--heads", "1", "--px", "64", "--tokens", "8", "--rank", "2"),
+        *("--steps", "1", "--warm-up", "0"),
+    ],
     "train_step.py": [
         *("--layers", "1", "--heads", "1", "--px", "64", "--tokens", "8", "--rank", "2"),
         *("--steps", "1", "--warm-up", "0", "--repeats", "1", "--ways", "example", "selective"),
