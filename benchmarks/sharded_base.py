@@ -162,7 +162,10 @@ def main() -> None:
             f"{found['peak'] / GIB:.2f}" if cuda else "-",
             bits,
         ]
-        for name, found, bits in (("whole", whole, "-"), (f"spread over {world}", spread, same))
+        for name, found, bits in (
+            ("this project, whole", whole, "-"),
+            (f"this project, spread over {world}", spread, same),
+        )
     ]
     if rank == 0:
         print(machine())

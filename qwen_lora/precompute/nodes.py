@@ -114,4 +114,4 @@ def resolve_by_turns(world: World, resolve: Callable[[], ModelFolder]) -> ModelF
         if turn:
             model = resolve()
         world.meet()
-    return model or resolve()
+    return resolve() if model is None else model

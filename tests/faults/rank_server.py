@@ -29,6 +29,7 @@ def run_rank(order: dict[str, Any]) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
+    from huggingface_hub import constants as hub
     from rank_faults import arm
 
     from qwen_lora import lifeline, lifeline_hub
@@ -37,6 +38,8 @@ def run_rank(order: dict[str, Any]) -> None:
     for name, value in order["constants"].items():
         for module in (lifeline, lifeline_hub, nodes):
             setattr(module, name, value)
+    if "HF_HOME" in order["environment"]:  # it was read when this was imported
+        hub.HF_HUB_CACHE = os.path.join(order["environment"]["HF_HOME"], "hub")
     arm(**order["fault"])
     from qwen_lora.cli import main
 

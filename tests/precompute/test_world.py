@@ -4,6 +4,7 @@ import pytest
 
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.lifeline import Lifeline
+from qwen_lora.precompute.nodes import resolve_by_turns
 from qwen_lora.precompute.world import World
 
 
@@ -47,6 +48,23 @@ def test_values_reach_all_ranks_and_come_back():
         return len(shared["text"]), world.gather(world.rank)
 
     assert run_ranks(3, work) == [(3_000_000, [0, 1, 2]), (3_000_000, []), (3_000_000, [])]
+
+
+def test_one_process_of_each_machine_downloads():
+    """Two machines of two: process 0, then the first of the other machine, then all others."""
+    order: list = []
+
+    def work(world):
+        world.local_rank = world.rank % 2
+
+        def resolve():
+            order.append(world.rank)
+            return world.rank
+
+        resolve_by_turns(world, resolve)
+
+    run_ranks(4, work)
+    assert order[:2] == [0, 2] and sorted(order[2:]) == [1, 3]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

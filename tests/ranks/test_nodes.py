@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_lora.train.checkpoint import CheckpointStore
+from qwen_lora.train.ranks import Ranks
 from tests.ranks.machines import Machines, curve, settled, train_argv
 
 pytestmark = pytest.mark.multiprocess
@@ -59,6 +60,40 @@ def test_a_run_on_two_machines_is_that_of_one(
     assert (two / "lora.safetensors").read_bytes() == (one / "lora.safetensors").read_bytes()
     assert curve(two) == curve(one)
     assert CheckpointStore(two).steps() == [3, 6]
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "works"), [(0, 0, 1), (1, 1, 0), (2, 0, 1)])
+def test_once_per_node(rank: int, local_rank: int, works: int) -> None:
+    """Rank 0 before the others, of whom the first of each machine has it to do."""
+    done: list[str] = []
+    ranks = Ranks.__new__(Ranks)
+    ranks.rank, ranks.local_rank = rank, local_rank
+    ranks.on_main = lambda work: done.append("main") or (work() if rank == 0 else None)  # type: ignore[method-assign, func-returns-value]
+    ranks.everywhere = lambda work: done.append("all") or work()  # type: ignore[method-assign, func-returns-value]
+    ranks.once_per_node(lambda: done.append("work"))
+    assert done.count("work") == works
+    assert done.index("main") < done.index("all")
+
+
+def in_hub_cache(model: Path, hub: Path) -> None:
+    """As huggingface_hub leaves a downloaded model `owner/tiny`."""
+    folder, commit = hub / "hub" / "models--owner--tiny", "0" * 40
+    shutil.copytree(model, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+
+
+def test_each_machine_finds_the_model_in_its_own_hub_cache(
+    two_nodes: Machines, transformer_only: Path
+) -> None:
+    for node in (0, 1):
+        in_hub_cache(transformer_only, two_nodes.of(node) / "hub")
+    argv = train_argv("shards", "owner/tiny", "run", max_train_steps=1)
+    settled(two_nodes.run(argv))
+    shutil.rmtree(two_nodes.of(1) / "hub")
+    run = two_nodes.run([*argv, "--restart"])
+    assert run.codes == [2, 2], run
+    assert all("owner/tiny" in lines[0] for lines in run.errors)
 
 
 def test_another_base_model_on_a_machine_is_refused(two_nodes: Machines) -> None:
