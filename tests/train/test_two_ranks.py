@@ -108,15 +108,16 @@ def test_two_ranks_end_with_the_same_lora(
     two = start(
         tmp_path / "two", train_shards, transformer_only, 2, learning_rate=1e-4, lora_dropout=0.1
     )
-    one = train(
-        make_settings("one", gradient_accumulation_steps=2, learning_rate=1e-4, lora_dropout=0.1)
-    )
+    changes = {"learning_rate": 1e-4, "lora_dropout": 0.1, "logging_steps": 1}
+    one = train(make_settings("one", gradient_accumulation_steps=2, **changes))
     output, _ = two.communicate(timeout=120)
     assert two.returncode == 0, output
     assert distance(tmp_path / "two" / "lora.safetensors", one.lora) < 1e-5
     states = [CheckpointStore(tmp_path / name).load(20).state for name in ("one", "two")]
     assert states[0].samples == states[1].samples
     assert states[0].smoothed_loss == pytest.approx(states[1].smoothed_loss, rel=1e-5)
+    losses = [loss_curve(tmp_path / name) for name in ("one", "two")]
+    assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     # Adam hides a wrong scale of the gradient; its norm does not.
     norms = [gradient_norms(tmp_path / name) for name in ("one", "two")]
     assert norms[0] == pytest.approx({step: norms[1][step] for step in norms[0]}, rel=1e-4)
@@ -185,6 +186,10 @@ def test_ranks_that_cannot_share_a_step_are_refused(make_settings: MakeSettings)
 def gradient_norms(run: Path) -> dict[int, float]:
     rows = read_metrics(run / "metrics.jsonl")
     return {row["step"]: row["grad_norm"] for row in rows if "grad_norm" in row}
+
+
+def loss_curve(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
 def processes_that_mention(text: str) -> list[str]:
