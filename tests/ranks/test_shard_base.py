@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "kept activations": {"gradient_checkpointing": "false"},
     "recomputed, all layers": {"lora_targets": "all-linear+mod"},
     "diffusers' forward": {"own_forward": "false"},
+    "activations in host memory": {"offload_activations": "true"},
     "table and dropout": {"mixed_precision": "bf16", "lora_dropout": 0.1},
 }
 

@@ -53,7 +53,8 @@ class OwnForward:
         self._weights: frozenset[int] = frozenset()  # their storages
         if options.offload_activations:
             self.offload = ActivationOffload(transformer.img_in.weight.device)
-            self._weights = _storages((*transformer.parameters(), *transformer.buffers()))
+            if not self.sharded:  # spread weights have none, and are not asked for
+                self._weights = _storages((*transformer.parameters(), *transformer.buffers()))
         loras = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
         self.lora_ranks = {layer.r[ADAPTER] for layer in loras}
         self.draws = any(
