@@ -9,6 +9,7 @@ import atexit
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def fault_seed(request: pytest.FixtureRequest) -> int:
     seed = request.config.stash[FAULT_SEED]
     print(f"replay: pytest '{request.node.nodeid}' --fault-seed {seed}")
     return seed
+
+
+@pytest.fixture(scope="session")
+def rank_server() -> Iterator[Any]:
+    """A process that has imported everything, from which tests fork the ranks of a run."""
+    from tests.faults.rank_runs import RankServer
+
+    started = RankServer()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

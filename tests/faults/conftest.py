@@ -11,19 +11,11 @@ from pathlib import Path
 
 import pytest
 from fault_points import ForkServer
-from rank_runs import RankServer
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     started = ForkServer(tmp_path_factory.mktemp("server"))
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="session")
-def rank_server() -> Iterator[RankServer]:
-    started = RankServer()
     yield started
     started.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,6 @@ import pytest
 from tests.faults.rank_runs import RankServer
 from tests.ranks.machines import Machines
 from tests.train.random_sets import random_map, random_prompts, random_set
-
-
-@pytest.fixture(scope="session")
-def rank_server() -> Iterator[RankServer]:
-    started = RankServer()
-    yield started
-    started.close()
 
 
 @pytest.fixture
