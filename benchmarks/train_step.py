@@ -35,6 +35,7 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.families import family_by_name
 from qwen_lora.families.base import ForwardOptions, Recompute
 from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
+from qwen_lora.families.qwen_image.scaled import KINDS, PRODUCTS, ScaledLinear, scale_linears
 from qwen_lora.posix import peak_rss_gib
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
@@ -83,10 +84,16 @@ def make_transformer(options: argparse.Namespace, device: torch.device, tabled: 
             for name in LAYERS:
                 parent = block.get_submodule(name.split(".")[0])
                 parent[1] = TabledLinear(parent[1], device, dtype)
+    if options.way != "example" and options.base != "bf16":
+        scale_linears(model.transformer_blocks, options.base, options.products)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
         torch.nn.init.ones_(value) if parameter.ndim == 1 else torch.nn.init.normal_(value, 0, 0.02)
+        layer = model.get_submodule(owner)
+        if isinstance(layer, ScaledLinear) and leaf == "weight":
+            layer.put(value, device)
+            continue
         frozen = torch.nn.Parameter(value, requires_grad=False)
         model.get_submodule(owner)._parameters[leaf] = frozen
     return model.requires_grad_(False)
@@ -220,7 +227,8 @@ def table(options: argparse.Namespace) -> None:
             )
         print_table(
             f"{px} px, {options.tokens} text tokens, {options.layers} layers of {options.heads} "
-            f"heads, rank {options.rank}, {options.dtype}",
+            f"heads, rank {options.rank}, {options.dtype}, base {options.base}, products "
+            f"{options.products}",
             ["", "s/step", "min-max", "samples/s", "x first", "peak GiB", "TFLOP/s", "of peak"],
             rows,
         )
@@ -236,6 +244,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="0: as many as --token-budget holds")
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--base", default="bf16", choices=["bf16", *KINDS], help="of this project")
+    parser.add_argument("--products", default="none", choices=PRODUCTS, help="with --base")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)

@@ -212,6 +212,7 @@ def _export(job: _Job, state: TrainState) -> None:
             "id": model.model_id,
             "revision": model.revision,
             "fingerprint": facts.base_model,
+            **({"file": model.transformer_file.name} if model.transformer_file else {}),
         },
     }
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
+from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
 from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.qwen_image import scaled
@@ -21,6 +22,7 @@ from qwen_lora.families.qwen_image.scaled import (
     quantize_rows,
 )
 from qwen_lora.models import ModelFolder
+from qwen_lora.train.lora import LoraSpec, add_lora
 from tests.train.lora_model import CPU, lora_model, shake
 
 ROWS, INS, OUTS = 34, 64, 96
@@ -252,3 +254,22 @@ def test_layers_of_one_input_quantise_it_once(kind: str, monkeypatch: pytest.Mon
     calls.clear()
     project([*layers, torch.nn.Linear(INS, 8, dtype=torch.bfloat16)], x)
     assert len(calls) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_block_keeps_no_weight_cast_up(
+    model: ModelFolder, kind: str, products: str
+) -> None:
+    """Of the forward pass for the backward pass, when nothing has to be recomputed: no more than a
+    block in bf16 does."""
+    from qwen_lora.families.qwen_image.compiled import kept_bytes
+
+    kept = []
+    for how in ({}, {"base_precision": kind, "low_precision_products": products}):
+        empty = model.family.empty_transformer(model, blocks=3, dtype=torch.bfloat16, **how)
+        add_lora(empty, LoraSpec.from_settings(Settings(rank=4)), model.family, 0)
+        kept.append(kept_bytes(empty, 1, 24, 20, budget=1.0))
+    assert kept[1] <= kept[0]

@@ -63,6 +63,12 @@ def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
     return values.to(dtype).mul_(scale[:, None])
 
 
+def dequantize_again(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same, for the backward pass. Written in another way on purpose: a compiler would take it
+    for the forward pass's, and keep that one until here."""
+    return values.t().to(dtype).mul_(scale).t()
+
+
 class ScaledLinear(torch.nn.Linear):
     """PEFT puts a LoRA on it as on any Linear. `products`: one of PRODUCTS; with both, fp8 holds a
     second copy, [in, out] with a scale for each input channel, since its products want the summed
@@ -156,7 +162,7 @@ class _Product(torch.autograd.Function):
         values, scale, values_t, scale_t = ctx.saved_tensors
         dtype = gradient.dtype
         if not ctx.both:
-            return gradient @ dequantize(values, scale, dtype), *nothing
+            return gradient @ dequantize_again(values, scale, dtype), *nothing
         if values.dtype == torch.int8:
             low, rows = quantize_rows(gradient * scale, values.dtype)
             return _int8_product(low, values, rows, None, None, dtype), *nothing
