@@ -68,7 +68,8 @@ def _refuse_other_parallelism() -> None:
             raise InputError(
                 f"accelerate is configured for {name.replace('_', '-')}, which training a LoRA "
                 "here does not use; start with --num-processes N, or run `accelerate launch "
-                "--multi_gpu` without that configuration"
+                "--multi_gpu` without that configuration (shard_base spreads a base that is too "
+                "large for one card)"
             )
 
 
