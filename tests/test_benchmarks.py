@@ -30,6 +30,9 @@ SMALLEST = {
         "--repeats",
         "1",
     ],
+    "lora_parts.py": [
+        *("--tokens", "16", "--width", "32", "--rank", "2", "--repeats", "1", "--millions", "0.2"),
+    ],
     "memory.py": ["--width", "1", "--blocks", "2", "--px", "32", "--text", "4"],
     "remote.py": [
         "--samples",
