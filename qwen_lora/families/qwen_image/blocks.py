@@ -132,11 +132,15 @@ def after_attention(
     of_text: Sequence[torch.Tensor],
 ) -> Pair:
     """Output projections and both MLPs; image_out, text_out: what `attend` gives."""
-    (image_out,) = project([block.attn.to_out[0]], image_out)
-    image = _mlp_added(block.img_norm2, block.img_mlp, image, image_out, *of_image[2:])
+    image = _projected(block.attn.to_out[0], image, image_out, of_image[2])
+    image = image + of_image[5] * _mlp(
+        block.img_mlp, _modulate(block.img_norm2(image), *of_image[3:5])
+    )
     if text_out is not None:
-        (text_out,) = project([block.attn.to_add_out], text_out)
-        text = _mlp_added(block.txt_norm2, block.txt_mlp, text, text_out, *of_text[2:])
+        text = _projected(block.attn.to_add_out, text, text_out, of_text[2])
+        text = text + of_text[5] * _mlp(
+            block.txt_mlp, _modulate(block.txt_norm2(text), *of_text[3:5])
+        )
     if image.dtype == torch.float16:  # as diffusers: float16 overflows here
         image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
     return image, text
@@ -146,18 +150,12 @@ def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
     return x * (1 + scale) + shift
 
 
-def _mlp_added(
-    norm: Any,
-    mlp: Any,
-    x: torch.Tensor,
-    attended: torch.Tensor,
-    first_gate: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    gate: torch.Tensor,
+def _projected(
+    layer: Any, x: torch.Tensor, attended: torch.Tensor, gate: torch.Tensor
 ) -> torch.Tensor:
-    x = x + first_gate * attended
-    return x + gate * _mlp(mlp, _modulate(norm(x), shift, scale))
+    """A function of its own, so that the product is gone before the MLP needs memory."""
+    (out,) = project([layer], attended)
+    return x + gate * out
 
 
 def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
