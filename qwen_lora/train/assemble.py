@@ -14,7 +14,6 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
-from qwen_lora.families.base import Recompute
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.format import Manifest
@@ -174,11 +173,12 @@ def run_facts(
     )
 
 
-def chosen_here(settings: Settings, facts: RunFacts, recompute: Recompute) -> RunFacts:
+def chosen_here(settings: Settings, facts: RunFacts, way: Way) -> RunFacts:
     """The facts with what was chosen for this machine."""
     if settings.compile_blocks is not True:
         return replace(facts, compiled=False)
-    return replace(facts, compiled=True, recompute=str(recompute))
+    recompute = str(way.recompute)
+    return replace(facts, compiled=True, recompute=recompute, blocks_on_device=way.on_device)
 
 
 def _attention(

@@ -54,6 +54,7 @@ class RunFacts:
     attention: str | None = None  # the GPU's kernel
     compiled: bool | None = None  # what compile_blocks: auto came to
     recompute: str | None = None  # of compiled blocks, which round by it
+    blocks_on_device: int | None = None  # and by which are streamed; None: all stay
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _train(settings: Settings, restart: bool, lifeline: Lifeline, ends: ExitStac
                 quiet=not ranks.is_main,
                 world=ranks.world,
             )
-            facts = assemble.chosen_here(settings, facts, way.recompute)
+            facts = assemble.chosen_here(settings, facts, way)
             trainable = assemble.build_trainable(ranks, settings, model, facts, way, found)
             report = open_report(ranks, run, settings, sources, plan, model, trainable)
             job = _Job(ranks, run, settings, sources, model, plan, facts, trainable, found, report)

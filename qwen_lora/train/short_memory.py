@@ -61,16 +61,20 @@ class ShortMemory:
 
     def give_way(self, step: int, batch: LoadedBatch) -> None:
         """Go over to the planner's next choice: more recomputation, then fewer blocks on the
-        device. None of that changes a bit of the result. Raises the error when there is none."""
+        device. None of that changes a bit of the result unless blocks are compiled. Raises the
+        error when there is none."""
         gc.collect()  # the graph of the pass that failed
         if self._transformer_is_on_gpu():
             torch.cuda.empty_cache()
         choice = self._next(_shape(batch))
         if choice is None:
             raise self.error(step, batch)
+        rounding = self._settings.compile_blocks is True
         print(
             f"step {step + 1}: out of GPU memory with {self.way}; going on with {choice.way} "
-            f"(predicted peak {choice.cost.peak / GIB:.2f} GiB)",
+            f"(predicted peak {choice.cost.peak / GIB:.2f} GiB)"
+            + "; compiled blocks round a little differently so"
+            * rounding,
             file=sys.stderr,
         )
         self.way = choice.way

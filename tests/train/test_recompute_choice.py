@@ -1,5 +1,6 @@
 """`recompute: auto`: the cheapest way that fits, at its boundaries, and what a run says of it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qwen_lora.train.cost.choice import (
     GIB,
     RESERVE,
     Way,
+    blocks_that_fit,
     choose,
     too_small,
     usable_bytes,
@@ -105,7 +107,11 @@ def test_a_resumed_run_keeps_what_its_compiled_blocks_recompute(tiny_model: Path
     for wanted, expected in (("auto", "5 blocks"), ("full", "full")):
         settings = Settings(recompute=wanted, compile_blocks=True)
         found = settle_way(settings, model, nothing, nothing, CPU, facts)
-        assert str(found.recompute) == expected
+        assert str(found.recompute) == expected and found.on_device is None
+    streamed = dataclasses.replace(facts, blocks_on_device=0)
+    for wanted, left in (("auto", 0), ("all", None), ("1", 1)):
+        settings = Settings(blocks_on_device=wanted, compile_blocks=True)
+        assert settle_way(settings, model, nothing, nothing, CPU, streamed).on_device == left
 
 
 def test_named_ways_are_obeyed(tmp_path: Path) -> None:
@@ -132,8 +138,10 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
     line = too_small(model, SHAPE, choice)
     assert "\n" not in line and f"{choice.missing / GIB:.2f} GiB more" in line
     fitting = [f"base_precision: {precision}" for precision in ("fp8", "int8", "nf4")]
+    stay = blocks_that_fit(model, choice.cost.peak, usable_bytes(24 * GIB))
+    assert stay in (45, 46)
     assert line.endswith(
-        f"would fit: blocks_on_device: 46 with recompute: full, {', '.join(fitting)}"
+        f"would fit: blocks_on_device: {stay} with recompute: full, {', '.join(fitting)}"
     )
     two = Shape(SHAPE.latent_size, SHAPE.text_tokens * 2)
     usable = model.cost(SHAPE, Recompute("full")).peak

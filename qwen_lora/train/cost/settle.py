@@ -46,8 +46,8 @@ def settle_way(
     of a run: it changes no bit of the result, but where blocks are compiled, and there the
     recorded one is kept. memory: free and total bytes, of the GPU if None; without a GPU nothing
     is counted."""
-    if recorded and recorded.recompute and settings.recompute == AUTO:
-        settings = settings.model_copy(update={"recompute": recorded.recompute})
+    if recorded and recorded.recompute:
+        settings = _as_recorded(settings, recorded.recompute, recorded.blocks_on_device)
     if memory is None:
         if device.type != "cuda":
             blocks = model.family.block_count(model.config("transformer"))
@@ -74,6 +74,15 @@ def settle_way(
         if choice.missing:
             print(f"warning: {too_small(step_model, shape, choice)}", file=sys.stderr)
     return choice.way
+
+
+def _as_recorded(settings: Settings, recompute: str, on_device: int | None) -> Settings:
+    update = {}
+    if settings.recompute == AUTO:
+        update["recompute"] = recompute
+    if settings.blocks_on_device == AUTO:
+        update["blocks_on_device"] = "all" if on_device is None else str(on_device)
+    return settings.model_copy(update=update)
 
 
 def _streaming(choice: Choice, device: torch.device) -> str:
