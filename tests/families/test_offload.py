@@ -53,8 +53,22 @@ def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Poisoning, "log", [], raising=False)
 
 
-@pytest.mark.parametrize("on_device", [None, 0, 3])
-@pytest.mark.parametrize("way", ["full", "selective", "3"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("way", "on_device"),
+    [
+        ("full", None),
+        ("selective", 0),
+        ("3", 3),
+        *(
+            pytest.param(way, on_device, marks=SLOW)
+            for way in ("full", "selective", "3")
+            for on_device in (None, 0, 3)
+        ),
+    ],
+)
 def test_not_a_bit_differs(
     tmp_path: Path, streamer_is: Callable[..., None], way: str, on_device: int | None
 ) -> None:
