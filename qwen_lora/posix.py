@@ -74,6 +74,16 @@ def peak_rss_gib() -> float | None:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
 
 
+def free_memory() -> int | None:
+    """Bytes of host memory that processes may still take; None where nobody says."""
+    try:
+        facts = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", facts, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
+
+
 def publish_file(temporary: Path, final: Path) -> None:
     """Give a finished, fsynced temporary its final name in one step and make the name durable.
 

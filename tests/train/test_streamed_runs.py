@@ -17,10 +17,16 @@ from qwen_lora.cli import app
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import ForwardOptions, Recompute
 from qwen_lora.families.streaming import RING
-from qwen_lora.train.cost.choice import GIB, Way, choose, too_small, usable_bytes
+from qwen_lora.models import resolve_model
+from qwen_lora.posix import free_memory
+from qwen_lora.shards.reader import ShardSet
+from qwen_lora.train.cost import settle
+from qwen_lora.train.cost.choice import GIB, RESERVE, Way, choose, too_small, usable_bytes
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.trace import trace
+from qwen_lora.train.plan import BatchRule
 from qwen_lora.train.run import train
+from qwen_lora.train.table import PlanTable
 from tests.train.test_step_cost import REAL, SHAPES, RealStep, small, step_model
 
 SHAPE = Shape((128, 128), (256,))
@@ -166,6 +172,34 @@ def test_a_run_has_the_same_bytes(make_settings: MakeSettings, deep_model: Path)
         make_settings(f"{name}-bf16").output_dir / "lora.safetensors" for name in ("plain", "some")
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_says_what_is_streamed(
+    make_settings: MakeSettings,
+    train_shards: Path,
+    deep_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 1 GiB + 0.1 MiB, on a machine with room and on one without."""
+    settings = make_settings(
+        pretrained_model_name_or_path=str(deep_model), gradient_checkpointing=True
+    )
+    model = resolve_model(str(deep_model), ("transformer",))
+    with ShardSet.open(train_shards) as shards:
+        table = PlanTable.from_sets([shards])
+    memory = (RESERVE + (1 << 17), 8 * GIB)
+    for free, warned in ((None, False), (8 * GIB, False), (1, True)):
+        monkeypatch.setattr(settle, "free_memory", lambda free=free: free)
+        way = settle.settle_way(
+            settings, model, table, BatchRule(2, 1, 0), torch.device("cpu"), memory=memory
+        )
+        assert way == Way(Recompute("full"), 0)
+        err = capsys.readouterr().err
+        assert "the other blocks lie in 0.0" in err and "a micro-batch copies 0.0" in err
+        assert ("of host memory and 0.00 GiB are free" in err) is warned
+    found = free_memory()
+    assert found is None or 1 << 20 < found < 1 << 50
 
 
 def test_it_needs_the_own_forward_pass(train_shards: Path) -> None:

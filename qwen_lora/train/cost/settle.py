@@ -4,6 +4,7 @@ free."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
 from qwen_lora.models import ModelFolder
+from qwen_lora.posix import free_memory
 from qwen_lora.train.checkpoint import RunFacts
 from qwen_lora.train.cost.choice import (
     AUTO,
@@ -71,9 +73,20 @@ def settle_way(
         )
         if choice.cost.host:
             print(_streaming(choice, device), file=sys.stderr)
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            if (free_host := free_memory()) is not None and here * choice.cost.host > free_host:
+                print(_short_host(here * choice.cost.host, free_host), file=sys.stderr)
         if choice.missing:
             print(f"warning: {too_small(step_model, shape, choice)}", file=sys.stderr)
     return choice.way
+
+
+def _short_host(wanted: int, free: int) -> str:
+    return (
+        f"warning: streamed blocks take {wanted / GIB:.2f} GiB of host memory and "
+        f"{free / GIB:.2f} GiB are free: the system may end this run. More blocks_on_device, fewer "
+        "processes on this machine, or a base_precision of fewer bits takes less"
+    )
 
 
 def _as_recorded(settings: Settings, recompute: str, on_device: int | None) -> Settings:
