@@ -51,6 +51,7 @@ WAYS = {
     "none": "this project, nothing recomputed",
     "compiled-full": "this project, compiled, memory budget 0 (full recompute)",
     "compiled-some": "this project, compiled, memory budget 0.25",
+    "compiled-offload": "this project, compiled, memory budget 0.25, activations in host memory",
     "compiled-none": "this project, compiled, nothing recomputed",
 }
 
@@ -123,10 +124,17 @@ def make_loop(
     model = make_transformer(options, accelerator.device, tabled)
     add_lora(model, LoraSpec.from_settings(Settings(rank=rank)), family, seed=0)
     recompute = "full" if way == "plain" else way.removeprefix("compiled-")
-    if recompute == "some":
+    offload = recompute == "offload"
+    if recompute in ("some", "offload"):
         recompute = str(3 * options.layers // 4)
     family.prepare_training(
-        model, ForwardOptions(way != "plain", Recompute.parse(recompute), compiled)
+        model,
+        ForwardOptions(
+            own=way != "plain",
+            recompute=Recompute.parse(recompute),
+            compiled=compiled,
+            offload_activations=offload,
+        ),
     )
     model.train()
     tokens = (options.px // 16) ** 2 + options.tokens
