@@ -109,8 +109,10 @@ class ScaledLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
         """rows: what `shared_rows` made of the input."""
         flat = input.flatten(0, -2)  # [tokens, in]
-        # Plain Python on shapes: torch.compile makes it a guard.
-        products = self.products if flat.shape[0] > FEW_ROWS else "none"
+        products = self.products
+        # Asked last: torch.compile makes a graph for either answer.
+        if products != "none" and flat.shape[0] <= FEW_ROWS:
+            products = "none"
         weights = (self.weight, self.scale, self.bias, self.weight_t, self.scale_t)
         apply: Any = _Product.apply
         out: torch.Tensor = apply(flat, *weights, *(rows or (None, None)), products)
@@ -120,9 +122,9 @@ class ScaledLinear(torch.nn.Linear):
 def shared_rows(layers: Sequence[torch.nn.Module], x: torch.Tensor) -> Rows | None:
     """The input of several layers, [tokens, in], in 8 bits, if all of them multiply it so."""
     first = layers[0]
-    if len(x) <= FEW_ROWS or not isinstance(first, ScaledLinear):
-        return None
     if any(getattr(layer, "products", "none") == "none" for layer in layers):
+        return None
+    if not isinstance(first, ScaledLinear) or x.shape[0] <= FEW_ROWS:
         return None
     with torch.no_grad():
         return quantize_rows(x, first.low)
