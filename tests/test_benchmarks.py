@@ -10,6 +10,10 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
+    "block.py": [
+        *("--blocks", "1", "--heads", "1", "--px", "32", "--text", "4", "--repeats", "1"),
+        *("--rank", "2", "--budgets", "0"),
+    ],
     "data_path.py": ["--samples", "4", "--repeats", "1"],
     "loading.py": ["--mib", "2", "--heads", "1", "--ways", "int8"],
     "low_precision.py": ["--tokens", "32", "--width", "32", "--repeats", "1", "--no-compile"],
