@@ -229,3 +229,21 @@ def test_compiled_shapes_make_few_graphs(tiny_model: Path) -> None:
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     print(f"{graphs} graphs for {len(cases)} shapes")
     assert graphs <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
+def test_compiled_code_is_kept_in_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the system's temporary folder, unless somebody named another."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    from qwen_lora.families.qwen_image.compiled import CompiledBlock
+
+    monkeypatch.setenv("QWEN_LORA_CACHE", str(tmp_path))
+    for given in (default_cache_dir(), str(tmp_path / "named")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        CompiledBlock(1.0)
+        assert Path(cache_dir()).name == ("named" if "named" in given else "compiled")
+        assert Path(cache_dir()).parent == tmp_path

@@ -22,6 +22,7 @@ from torch._functorch.aot_autograd import aot_module
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from qwen_lora.cache_folder import cache_folder
 from qwen_lora.errors import QwenLoraError
@@ -47,8 +48,10 @@ class CompiledBlock:
         # makes another one is listed here: the first, a middle and the last block; gradients or
         # none; a batch of one, of two, of any number.
         _dynamo.config.recompile_limit = max(18, _dynamo.config.recompile_limit)
-        # Not in the system's temporary folder: the next run finds what this one has compiled.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
+        # Not in the system's temporary folder: the next run finds what this one has compiled. Torch
+        # has named that folder itself as soon as its compiler was imported.
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
         backend = partial(_compile, budget)
         self._whole = torch.compile(run_block, backend=backend)
         self._before = torch.compile(_before, backend=backend)
