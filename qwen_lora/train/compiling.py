@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
+import sys
 
 import torch
 
@@ -31,13 +29,21 @@ def _worthwhile(settings: Settings, device: torch.device) -> bool:
         and settings.base_precision != "nf4"  # bitsandbytes' layers break each graph
         and settings.max_train_steps >= MIN_STEPS
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and compiler_works()
+        and compiler_works(device)
     )
 
 
-def compiler_works() -> bool:
-    """Triton, and a C compiler for what it launches."""
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return importlib.util.find_spec("triton") is not None and any(
-        name and shutil.which(name) for name in compilers
-    )
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch compiles a small function; says why not. It wants Triton, and a C compiler with
+    Python's headers for what Triton launches."""
+    try:
+        torch.compile(_trial)(torch.ones(64, device=device))
+    except Exception as error:  # whatever is missing
+        reason = " ".join(str(error).split())[:200]
+        print(f"note: blocks run uncompiled, torch's compiler failed: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
+def _trial(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x) + 1

@@ -17,7 +17,7 @@ from qwen_lora.families.base import Recompute
 from qwen_lora.models import resolve_model
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.checkpoint import RunFacts
-from qwen_lora.train.compiling import settle_compile
+from qwen_lora.train.compiling import compiler_works, settle_compile
 from qwen_lora.train.cost.choice import (
     GIB,
     RESERVE,
@@ -98,6 +98,22 @@ def test_a_run_goes_on_as_it_was_compiled() -> None:
     for fixed in (True, False):
         chosen = settings.model_copy(update={"compile_blocks": fixed})
         assert settled(chosen, compiled=not fixed) is fixed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+def test_a_compiler_that_fails_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compiler_works(CPU)
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no C\ncompiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not compiler_works(CPU)
+    said = capsys.readouterr().err
+    assert said == "note: blocks run uncompiled, torch's compiler failed: no C compiler\n"
 
 
 def test_a_resumed_run_keeps_what_its_compiled_blocks_recompute(tiny_model: Path) -> None:
