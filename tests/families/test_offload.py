@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_lora.families import offload
+from qwen_lora.families.base import ForwardOptions, Recompute
 from qwen_lora.families.offload import ActivationOffload
 from qwen_lora.train.cost.shapes import Shape
 from tests.families.late_copies import copies_are_late
@@ -79,6 +81,28 @@ def test_not_a_bit_differs(
     assert Poisoning.log
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
+@pytest.mark.parametrize("way", ["none", "3", "full"])
+def test_what_compiled_blocks_keep_waits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(offload, "LARGE", 1024)  # the tiny model's tensors are small
+
+    def compiled(folder: Path, offloaded: bool) -> list[torch.Tensor]:
+        step = step_of(folder, None, way)
+        step.shape = Shape(step.shape.latent_size, (3, 3))
+        step.texts = [text[:3] for text in step.texts]
+        how = ForwardOptions(
+            recompute=Recompute.parse(way), compiled=True, offload_activations=offloaded
+        )
+        step.family.prepare_training(step.transformer, how)
+        return trained(step, steps=2)
+
+    check_equal(compiled(tmp_path / "b", True), compiled(tmp_path / "a", False))
+    assert {block for entry, block in Poisoning.log if entry == "fetched"} == set(range(BLOCKS))
+
+
 def test_copies_that_come_as_late_as_they_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,13 +131,13 @@ def test_one_block_ahead_and_each_tensor_once(tmp_path: Path) -> None:
 def test_host_memory_is_used_again(tmp_path: Path) -> None:
     """Over steps, sizes and passes that end early."""
     step = step_of(tmp_path, None, offload=True)
-    offload = step.transformer.own_forward.offload
+    host = step.transformer.own_forward.offload
     expected = BLOCKS * (sum(step.shape.text_tokens) + 2 * 24) * 48 * 2  # bytes
 
     def held() -> int:
         step.losses().sum().backward()
-        offload.begin()
-        return int(offload.free_bytes)
+        host.begin()
+        return int(host.free_bytes)
 
     assert held() == held() == expected
     step.losses()  # no backward pass

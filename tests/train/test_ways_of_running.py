@@ -104,7 +104,7 @@ def test_a_compiled_base_of_8_bits(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "1", "full"])
 def test_compiled_learns_the_same(run: Any, precision: str, recompute: str) -> None:
     """Every loss to 1e-4 in float32, to 5 % in bfloat16."""
     how = {
