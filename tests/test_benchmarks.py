@@ -73,8 +73,14 @@ def test_each_script_has_a_smallest_run() -> None:
     assert {path.name for path in BENCHMARKS.glob("*.py")} - helpers == set(SMALLEST)
 
 
+SLOW = {"block.py", "loading.py", "low_precision.py", "sharded_base.py"}  # they compile, or copy
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", sorted(SMALLEST))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in sorted(SMALLEST)],
+)
 def test_it_prints_its_table(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / name), *SMALLEST[name]],
