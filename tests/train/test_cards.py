@@ -88,3 +88,9 @@ def test_a_run_with_it_ends(
         update["blocks_on_device"] = "0"
     result = train(settings.model_copy(update=update))
     assert result.lora.stat().st_size > 0
+
+
+def test_the_readme_says_how_many_blocks_stay(cards: Any) -> None:
+    left = [cards.choice(card, 1024, cards.recipe(card)).way.on_device for card in (8, 12, 16)]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "fp8, {}, {} and {} of 60 blocks on the card".format(*left) in readme
