@@ -163,10 +163,10 @@ def test_what_is_kept_on_the_device(tmp_path: Path) -> None:
     from qwen_lora.train.cost.trace import trace
 
     kept = {}
-    for offload in (False, True):
-        step = step_of(tmp_path / str(offload), None, offload=offload)
+    for offloaded in (False, True):
+        step = step_of(tmp_path / str(offloaded), None, offload=offloaded)
         step.losses().sum().backward()
-        kept[offload] = trace(step.losses, "cpu", warm=True)
+        kept[offloaded] = trace(step.losses, "cpu", warm=True)
     inputs = (sum(step.shape.text_tokens) + 2 * 24) * 48 * 2
     saved = kept[False].kept - kept[True].kept
     assert (BLOCKS - 2) * inputs <= saved <= BLOCKS * inputs
