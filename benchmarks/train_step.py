@@ -68,8 +68,11 @@ class RandomTable:
         return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
-def make_transformer(options: argparse.Namespace, device: torch.device, tabled: bool) -> Any:
-    """Random weights, made on the device one tensor at a time."""
+def make_transformer(
+    options: argparse.Namespace, device: torch.device, tabled: bool, base: str = "bf16"
+) -> Any:
+    """Random weights, made on the device one tensor at a time. base: bf16, or 8 bits with
+    options.products."""
     from diffusers import QwenImageTransformer2DModel
 
     dtype = getattr(torch, options.dtype)
@@ -85,8 +88,8 @@ def make_transformer(options: argparse.Namespace, device: torch.device, tabled: 
             for name in LAYERS:
                 parent = block.get_submodule(name.split(".")[0])
                 parent[1] = TabledLinear(parent[1], device, dtype)
-    if options.way != "example" and options.base != "bf16":
-        scale_linears(model.transformer_blocks, options.base, options.products)
+    if base != "bf16":
+        scale_linears(model.transformer_blocks, base, options.products)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -121,7 +124,7 @@ def make_loop(
     accelerator = Accelerator(cpu=not options.cuda)
     family, compiled = family_by_name("qwen-image"), way.startswith("compiled-")
     tabled = bf16 and way != "plain"
-    model = make_transformer(options, accelerator.device, tabled)
+    model = make_transformer(options, accelerator.device, tabled, options.base)
     add_lora(model, LoraSpec.from_settings(Settings(rank=rank)), family, seed=0)
     recompute = "full" if way == "plain" else way.removeprefix("compiled-")
     offload = recompute == "offload"

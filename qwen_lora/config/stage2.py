@@ -91,7 +91,7 @@ class TrainSettings(Section):
     low_precision_products: Literal["none", "forward", "both"] = setting(
         "none",
         "Matrix products themselves in 8 bits, with base_precision fp8 (GPUs from compute "
-        "capability 8.9) or int8 (8.0): in the forward pass, or in both (fp8: a second copy of the "
+        "capability 8.9) or int8 (8.0): in the forward pass, or in both (with a second copy of the "
         "weights). none: weights are cast up for each product.",
         command="train",
         changes="result",

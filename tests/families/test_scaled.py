@@ -97,13 +97,9 @@ def test_products_in_8_bits(kind: str, products: str) -> None:
         assert torch.equal(x.grad, gradient @ dense)
         return
     flat = gradient.flatten(0, 1)
-    if kind == "int8":
-        values, rows = quantize_rows(flat * layer.scale, torch.int8)
-        back = (values.float() @ layer.weight.float()) * rows[:, None]
-    else:
-        values, rows = quantize_rows(flat, torch.float8_e4m3fn)
-        back = (values.float() @ layer.weight_t.float().t()) * rows[:, None] * layer.scale_t
-        assert off(layer.weight_t.float() * layer.scale_t[:, None], weight.t()) < 0.03
+    values, rows = quantize_rows(flat, KINDS[kind])
+    back = (values.float() @ layer.weight_t.float().t()) * rows[:, None] * layer.scale_t
+    assert off(layer.weight_t.float() * layer.scale_t[:, None], weight.t()) < 0.03
     assert off(x.grad, back.view_as(x)) < rounding
     assert 1e-3 < off(x.grad, gradient @ weight) < 0.06
 

@@ -29,6 +29,8 @@ OTHER: dict[str, Any] = {
     f"{SECTION}.alpha_background": "#000000",
     f"{SECTION}.bucket_step": 16,
     f"{SECTION}.img_size": [32, 512],
+    "blocks_on_device": "1",
+    "compile_blocks": True,
     "logging_dir": Path("other-logs"),
     "lora_alpha": 2.0,
     "lora_targets": ["to_q", "to_k"],
@@ -55,6 +57,7 @@ SAID = {
 NOT_TRIED = {
     "max_train_steps": "a run may be made longer: test_train_run.py",
     "num_processes": "needs several processes: test_ranks.py",
+    "transformer_file": "its content is the base model's: test_transformer_file.py",
     "report_to": "a tracker has to be installed: test_run_faults.py",
     f"{SECTION}.img_size": "the shards say what it was, and contradicting them is refused: below",
 }

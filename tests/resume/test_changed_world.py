@@ -298,8 +298,9 @@ def test_every_fact_of_a_run_is_compared(
         "scheduler": {"shift": 2.0},
     }
     # The shards are named by content, a plan's id covers how its steps are cut, and a resumed run
-    # takes the attention kernel over.
-    not_compared = {"generations", "micro_batches_per_step", "attention"}
+    # takes over what was chosen for its machine.
+    chosen = {"attention", "compiled", "recompute", "blocks_on_device"}
+    not_compared = {"generations", "micro_batches_per_step", *chosen}
     assert asdict(facts).keys() - others.keys() == not_compared
     for name, value in others.items():
         with pytest.raises(InputError, match="cannot continue"):
