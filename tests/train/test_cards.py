@@ -13,7 +13,7 @@ import pytest
 
 from qwen_lora.config.load import explicit_keys, load_settings
 from qwen_lora.config.schema import DataConfig
-from qwen_lora.train.cost.choice import SIDES
+from qwen_lora.train.cost.choice import GIB, SIDES
 from qwen_lora.train.cost.estimate import CARDS
 from qwen_lora.train.run import train
 
@@ -54,7 +54,7 @@ def test_it_fits_and_the_page_says_so(cards: Any, card: int, side: int) -> None:
     settings = cards.recipe(card)
     choice = cards.choice(card, side, settings)
     assert choice.missing == 0
-    assert choice.cost.peak <= choice.usable < card << 30
+    assert choice.cost.peak <= choice.usable < card * GIB
     assert cards.row(card, side, settings) in section(card).splitlines()
 
 
@@ -88,3 +88,14 @@ def test_a_run_with_it_ends(
         update["blocks_on_device"] = "0"
     result = train(settings.model_copy(update=update))
     assert result.lora.stat().st_size > 0
+
+
+def test_the_readme_says_so_too(cards: Any) -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for card in (80, 32, 24, 12):
+        (line,) = [line for line in lines if line.startswith(f"| {card} GB | ")]
+        choice = cards.choice(card, 1024, cards.recipe(card))
+        assert line.endswith(f" | {choice.cost.peak / GIB:.1f} GiB |")
+        left = choice.way.on_device
+        assert left is None or f", {60 - left} of 60 blocks in host memory |" in line
+        assert f"configs/card-{card}gb.yaml" in line
