@@ -73,7 +73,8 @@ def test_each_script_has_a_smallest_run() -> None:
     assert {path.name for path in BENCHMARKS.glob("*.py")} - helpers == set(SMALLEST)
 
 
-SLOW = {"block.py", "loading.py", "low_precision.py", "sharded_base.py"}  # they compile, or copy
+# They compile, copy, or resize.
+SLOW = {"block.py", "loading.py", "low_precision.py", "precompute.py", "sharded_base.py"}
 
 
 @pytest.mark.multiprocess
