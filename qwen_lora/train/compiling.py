@@ -28,7 +28,9 @@ def _worthwhile(settings: Settings, device: torch.device) -> bool:
         and settings.own_forward
         and settings.base_precision != "nf4"  # bitsandbytes' layers break each graph
         and settings.max_train_steps >= MIN_STEPS
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        # Triton casts float8_e4m3fn from compute capability 8.9 on.
+        and torch.cuda.get_device_capability(device)
+        >= ((8, 9) if settings.base_precision == "fp8" else (8, 0))
         and compiler_works(device)
     )
 

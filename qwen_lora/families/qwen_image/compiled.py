@@ -47,7 +47,7 @@ class CompiledBlock:
         # One graph serves all buckets and captions, whose token counts are symbols in it. What
         # makes another one is listed here: the first, a middle and the last block; gradients or
         # none; a batch of one, of two, of any number.
-        _dynamo.config.recompile_limit = max(18, _dynamo.config.recompile_limit)
+        _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
         # Not in the system's temporary folder: the next run finds what this one has compiled. Torch
         # has named that folder itself as soon as its compiler was imported.
         if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
