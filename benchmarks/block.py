@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import machine, print_table
-from streaming import fill
+from random_model import HEAD, fill
 from torch import _dynamo
 from torch.utils.checkpoint import checkpoint
 
@@ -29,8 +29,6 @@ from qwen_lora.families.qwen_image.blocks import Rotations, run_block
 from qwen_lora.families.qwen_image.compiled import CompiledBlock
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.lora import LoraSpec, add_lora
-
-HEAD = 128
 
 
 def make_blocks(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_model import config_of
 
 from qwen_lora.config.load import load_settings
 from qwen_lora.config.schema import Settings
@@ -30,17 +31,7 @@ from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.plan import BatchRule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CONFIG = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "attention_head_dim": 128,
-    "axes_dims_rope": [16, 56, 56],
-    "in_channels": 64,
-    "joint_attention_dim": 3584,
-    "num_attention_heads": 24,
-    "num_layers": 60,
-    "out_channels": 16,
-    "patch_size": 2,
-}
+CONFIG = config_of(heads=24, blocks=60)
 COUNTED = ("base_precision", "low_precision_products", "modulation_table", "compile_blocks",
            "gradient_checkpointing", "recompute", "blocks_on_device", "offload_activations",
            "rank", "lora_targets", "optimizer")  # fmt: skip

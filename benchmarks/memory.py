@@ -1,29 +1,41 @@
-"""Predicted and measured memory of a training step, for each way of recomputing.
+"""Predicted and measured memory of a training step, and its time, for bases and ways to run.
 
-python benchmarks/memory.py [--px N]... [--text N] [--batch N] [--blocks N] [--width HEADS]
-                            [--rank N] [--targets SET]
+python benchmarks/memory.py                         the full-size architecture, on a GPU
+python benchmarks/memory.py --bases bf16 fp8:both nf4 --ways full compiled+45 --px 1024
+python benchmarks/memory.py --width 1 --blocks 3 --px 64 --text 4     a small one, on a CPU
 
-Random weights of Qwen-Image's shapes are made on the device; no model is needed. On a GPU the
-measured peak is torch.cuda.max_memory_allocated of a forward and a backward pass; on a CPU the
-storages of the same passes are counted, which is slow at real sizes: take --width 2 --blocks 3
---px 64 there. What the optimizer keeps is not allocated and not in either column.
+A base is a precision, with the kind of its products behind a colon. A way is what is recomputed
+(full, selective, none or a number of blocks), "compiled", "offload" for activations in host memory
+and "on40" for 40 blocks on the device, joined by "+". Random weights of Qwen-Image's shapes are
+made on the device; no model is needed. On a GPU the measured peak is what
+torch.cuda.max_memory_allocated says of forward and backward passes; on a CPU the storages of a pass
+are counted, which is slow at real sizes. What the optimizer keeps is not allocated and not in
+either column. Rows come as they are measured; the table repeats them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import machine, print_table
+from random_model import BASES, config_of, make_transformer
+from torch import _dynamo
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.families.qwen_image.scaled import PRODUCTS
 from qwen_lora.models import ModelFolder, resolve_model
+from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.cost.choice import GIB
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import StepModel
@@ -31,21 +43,8 @@ from qwen_lora.train.cost.trace import trace
 from qwen_lora.train.lora import LoraSpec, add_lora
 from qwen_lora.train.objective import flow_matching_loss
 
-HEAD = 128
-
-
-def config_of(heads: int, blocks: int) -> dict[str, object]:
-    return {
-        "_class_name": "QwenImageTransformer2DModel",
-        "attention_head_dim": HEAD,
-        "axes_dims_rope": [16, 56, 56],
-        "in_channels": 64,
-        "joint_attention_dim": 3584,
-        "num_attention_heads": heads,
-        "num_layers": blocks,
-        "out_channels": 16,
-        "patch_size": 2,
-    }
+WARM_UP, STEPS = 2, 4
+WAYS = ("full", "none", "compiled+full", "compiled+45", "compiled+none", "on30")
 
 
 def model_folder(folder: Path, heads: int, blocks: int) -> ModelFolder:
@@ -55,20 +54,38 @@ def model_folder(folder: Path, heads: int, blocks: int) -> ModelFolder:
     return resolve_model(str(folder), ("transformer",), weights=False)
 
 
-def real_transformer(model: StepModel, device: torch.device) -> torch.nn.Module:
-    """The skeleton with memory behind it: small random weights in the compute type."""
-    transformer = model.family.empty_transformer(
-        model.model, blocks=model.blocks, dtype=model.dtype, tabled=False
-    )
-    transformer.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.normal_(0, 0.02)
-    transformer.requires_grad_(False)
-    spec = LoraSpec.from_settings(model.settings)
-    for _, parameter in add_lora(transformer, spec, model.family, 0):
-        parameter.grad = torch.zeros_like(parameter)
-    return transformer.train()
+@dataclass(frozen=True)
+class Way:
+    name: str
+    recompute: Recompute
+    compiled: bool
+    offload: bool
+    on_device: int | None  # blocks
+
+    @classmethod
+    def parse(cls, name: str) -> Way:
+        words = name.split("+")
+        resident = [int(word[2:]) for word in words if word.startswith("on")]
+        known = ("compiled", "offload")
+        kind = [word for word in words if word not in known and not word.startswith("on")]
+        return cls(
+            name,
+            Recompute.parse(kind[0] if kind else "full"),
+            "compiled" in words,
+            "offload" in words,
+            resident[0] if resident else None,
+        )
+
+    def settings(self, options: argparse.Namespace, base: str) -> Settings:
+        precision, _, products = base.partition(":")
+        return Settings(
+            rank=options.rank,
+            lora_targets=options.targets,
+            base_precision=precision,
+            low_precision_products=products or "none",
+            compile_blocks=self.compiled,
+            offload_activations=self.offload,
+        )
 
 
 class Passes:
@@ -96,34 +113,108 @@ class Passes:
             family=self.model.family,
         )
 
-    def measure(self) -> tuple[int | None, float]:
-        """Bytes at the peak, those of the batch and the weights included, and the seconds of a
-        second pass; None where memory has run out."""
+    def measure(self, steps: int = STEPS) -> tuple[int | None, float]:
+        """Bytes at the peak, those of the batch and the weights included, and the median seconds of
+        a pass; None where memory has run out."""
         if self.latents.device.type != "cuda":
             started = time.perf_counter()
             found = trace(self.losses, "cpu").peak
-            held = [*self.transformer.parameters(), self.latents, self.noise, *self.texts]
-            held += [p.grad for p in self.transformer.parameters() if p.grad is not None]
+            tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
+            gradients = [p.grad for p in self.transformer.parameters() if p.grad is not None]
+            held = [*tensors, *gradients, self.latents, self.noise, *self.texts]
             bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in held)
             return found + bytes_held, time.perf_counter() - started
-        torch.cuda.empty_cache()
-        seconds = 0.0
+        taken = []
         try:
-            for _ in range(2):
-                torch.cuda.reset_peak_memory_stats()
+            for number in range(WARM_UP + steps):
+                if number == WARM_UP:
+                    torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 self.losses().sum().backward()
                 torch.cuda.synchronize()
-                seconds = time.perf_counter() - started
+                taken.append(time.perf_counter() - started)
         except torch.OutOfMemoryError:
             return None, 0.0
-        return torch.cuda.max_memory_allocated(), seconds
+        return torch.cuda.max_memory_allocated(), statistics.median(taken[WARM_UP:])
+
+
+def make_model(model: StepModel, device: torch.device) -> torch.nn.Module:
+    settings = model.settings
+    transformer = make_transformer(
+        model.model.config("transformer"),
+        device,
+        model.dtype,
+        base=settings.base_precision,
+        products=settings.low_precision_products,
+    )
+    for _, parameter in add_lora(transformer, LoraSpec.from_settings(settings), model.family, 0):
+        parameter.grad = torch.zeros_like(parameter)
+    trained: torch.nn.Module = transformer.train()
+    return trained
+
+
+def measure(
+    folder: ModelFolder, base: str, ways: list[Way], options: argparse.Namespace
+) -> list[list[object]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[list[object]] = []
+    transformer = None
+    # A block that has left does not come back: those that stream more come last.
+    for way in sorted(ways, key=lambda way: -(way.on_device or options.blocks)):
+        model = StepModel(folder, way.settings(options, base), torch.bfloat16)
+        transformer = transformer or make_model(model, device)
+        _dynamo.reset()
+        how = ForwardOptions(
+            recompute=way.recompute,
+            compiled=way.compiled,
+            offload_activations=way.offload,
+            blocks_on_device=way.on_device,
+        )
+        model.family.prepare_training(transformer, how)
+        for px in options.px:
+            rows.append([base, *one(model, transformer, way, px, options)])
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    return rows
+
+
+def one(
+    model: StepModel,
+    transformer: Any,
+    way: Way,
+    px: int,
+    options: argparse.Namespace,
+) -> list[object]:
+    """A row of the table: one size, one way."""
+    shape = Shape((px // 8, px // 8), (options.text,) * options.batch)
+    passes = Passes(model, transformer, shape)
+    heads = (options.batch, options.width, (px // 16) ** 2 + options.text, 128)
+    device = passes.latents.device
+    use_attention(choose_attention("auto", device, measure_on(device, model.dtype, heads)))
+    gc.collect()
+    torch.cuda.empty_cache()
+    found, seconds = passes.measure()
+    cost = model.cost(shape, way.recompute, way.on_device)
+    # The meta device has not run the loop's optimizer, and neither has this.
+    predicted = cost.peak - cost.lora + 8 * model.lora_parameters
+    known = "" if found is None else f"{100 * (predicted / found - 1):+.1f} %"
+    rate = cost.flops / seconds / 1e12 if seconds else 0.0
+    return [
+        way.name,
+        px,
+        f"{predicted / GIB:.3f}",
+        "out of memory" if found is None else f"{found / GIB:.3f}",
+        known,
+        f"{seconds:.3f}",
+        f"{rate:.3g}",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--px", type=int, action="append")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--px", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--bases", nargs="+", default=["bf16", "fp8", "fp8:both", "int8", "nf4"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--text", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=60)
@@ -131,46 +222,24 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", default="attention")
     options = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
+    for base in options.bases:
+        precision, _, products = base.partition(":")
+        if precision not in BASES or (products or "none") not in PRODUCTS:
+            parser.error(f"--bases: {base!r} is none of {', '.join(BASES)} with :forward or :both")
     print(machine())
-    if on_gpu:
+    if torch.cuda.is_available():
         print(f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    settings = Settings(rank=options.rank, lora_targets=options.targets, modulation_table=False)
+    ways = [Way.parse(name) for name in options.ways]
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = model_folder(Path(name), options.width, options.blocks)
-        model = StepModel(folder, settings, torch.bfloat16)
-        measure(model, options, torch.device("cuda" if on_gpu else "cpu"))
-
-
-def measure(model: StepModel, options: argparse.Namespace, device: torch.device) -> None:
-    transformer = real_transformer(model, device)
-    rows = []
-    for px in options.px or [512, 1024]:
-        shape = Shape((px // 8, px // 8), (options.text,) * options.batch)
-        for way in ("full", str(model.blocks // 2), "selective", "none"):
-            recompute = Recompute.parse(way)
-            model.family.prepare_training(transformer, ForwardOptions(recompute=recompute))
-            cost = model.cost(shape, recompute)
-            predicted = cost.peak - cost.lora + 8 * model.lora_parameters
-            found, seconds = Passes(model, transformer, shape).measure()
-            shown = "out of memory" if found is None else f"{found / GIB:.3f}"
-            error = "" if found is None else f"{100 * (predicted / found - 1):+.1f} %"
-            rate = cost.flops / seconds / 1e12 if seconds else 0.0
-            rows.append(
-                [
-                    px,
-                    str(recompute),
-                    f"{predicted / GIB:.3f}",
-                    shown,
-                    error,
-                    f"{seconds:.3f}",
-                    f"{rate:.3g}",
-                ]
-            )
+        for base in options.bases:
+            rows += measure(folder, base, ways, options)
+            gc.collect()
     print_table(
-        f"{model.blocks} blocks, {options.width} heads, {options.batch} x {options.text} text "
-        f"tokens, LoRA rank {options.rank} on {options.targets}; this project's forward pass",
-        ["px", "recompute", "predicted GiB", "measured GiB", "error", "s", "TFLOP/s"],
+        f"this project, {options.blocks} blocks, {options.width} heads, {options.batch} x "
+        f"{options.text} text tokens, LoRA rank {options.rank} on {options.targets}",
+        ["base", "way", "px", "predicted GiB", "measured GiB", "error", "s", "TFLOP/s"],
         rows,
     )
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from common import machine, median_ms, print_table, spread, take_turns
+from random_model import config_of, make_transformer
 from synthetic import CHANNELS, SCALE, WIDTH
-from train_step import make_transformer
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families import family_by_name
@@ -65,7 +65,9 @@ def main() -> None:
     mixed = [mean + (2 * i - half) * 16 for i in range(options.batch)]  # the same sum
     ways = {}
     for name, own in (("this project", True), ("diffusers", False)):
-        transformer = make_transformer(options, device, tabled=False)
+        config = config_of(options.heads, options.layers)
+        dtype = getattr(torch, options.dtype)
+        transformer = make_transformer(config, device, dtype, tabled=False)
         add_lora(transformer, LoraSpec.from_settings(Settings(rank=8)), FAMILY, seed=0)
         FAMILY.prepare_training(transformer, ForwardOptions(own, Recompute("none")))
         ways[f"{name}, equal"] = make_pass(options, transformer, equal, device)

@@ -23,14 +23,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import torch.distributed as dist
 from common import machine, print_table
+from random_model import config_of, make_transformer
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from train_step import HEAD, RandomTable
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families import family_by_name
 from qwen_lora.families.base import ForwardOptions, Recompute
-from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
-from qwen_lora.families.qwen_image.sharded import mesh_of, own_rows, shard_blocks
 from qwen_lora.train.lora import LoraSpec, add_lora
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.sharding import FSDP
@@ -39,45 +37,10 @@ GIB = 1 << 30
 Found = dict[str, Any]
 
 
-def make_transformer(
-    options: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None
-) -> Any:
-    """Random weights, made on the device one by one; of a spread one its rows are kept."""
-    from diffusers import QwenImageTransformer2DModel
-
-    dtype = getattr(torch, options.dtype)
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(
-            num_layers=options.layers, num_attention_heads=options.heads, attention_head_dim=HEAD
-        )
-    model.requires_grad_(False)
-    model.pos_embed = type(model.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
-    torch.manual_seed(0)
-    width = options.heads * HEAD
-    model.modulation_table = RandomTable(options.layers, width, dtype, device.type == "cuda")
-    for block in model.transformer_blocks:
-        for name in LAYERS:
-            parent = block.get_submodule(name.split(".")[0])
-            parent[1] = TabledLinear(parent[1], device, dtype)
-    if mesh is not None:
-        shard_blocks(model, mesh)
-    for number, (name, parameter) in enumerate(list(model.named_parameters())):
-        generator = torch.Generator(device).manual_seed(number)
-        value = torch.randn(parameter.shape, generator=generator, device=device).mul_(0.02)
-        if parameter.ndim == 1:
-            value += 1
-        owner, _, leaf = name.rpartition(".")
-        if mesh_of(parameter) is not None:
-            frozen = own_rows(value, parameter, device, dtype)
-        else:
-            frozen = torch.nn.Parameter(value.to(dtype), requires_grad=False)
-        model.get_submodule(owner)._parameters[leaf] = frozen
-    return model.to(device)
-
-
 def measure(options: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None) -> Found:
     family = family_by_name("qwen-image")
-    model = make_transformer(options, device, mesh)
+    config, dtype = config_of(options.heads, options.layers), getattr(torch, options.dtype)
+    model = make_transformer(config, device, dtype, mesh=mesh)
     spec = LoraSpec.from_settings(Settings(rank=options.rank, lora_init="orthogonal"))
     loras = add_lora(model, spec, family, seed=0)
     family.prepare_training(model, ForwardOptions(recompute=Recompute("full")))

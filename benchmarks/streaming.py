@@ -26,13 +26,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from common import machine, print_table
 from memory import Passes, model_folder
-from train_step import RandomTable
+from random_model import BASES, make_transformer
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import ForwardOptions, Recompute
-from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
-from qwen_lora.families.qwen_image.transformer import make_empty
-from qwen_lora.families.streaming import BlockStreamer, spread
+from qwen_lora.families.qwen_image.scaled import PRODUCTS
+from qwen_lora.families.streaming import BlockStreamer
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.cost.choice import GIB
 from qwen_lora.train.cost.copies import measure_copies
@@ -45,46 +44,21 @@ from qwen_lora.train.lora import LoraSpec, add_lora
 WARM_UP = 2
 
 
-def make_transformer(model: StepModel, on_device: int, device: torch.device) -> Any:
-    """Random weights and a LoRA that is not zero. Streamed blocks leave the device one by one."""
-    torch.manual_seed(0)
-    transformer: Any = make_empty(model.model)
-    transformer.pos_embed.to(device)
-    transformer.modulation_table = RandomTable(
-        model.blocks, transformer.inner_dim, model.dtype, device.type == "cuda"
+def make_model(model: StepModel, on_device: int, device: torch.device) -> Any:
+    """With a LoRA that is not zero."""
+    transformer = make_transformer(
+        model.model.config("transformer"),
+        device,
+        model.dtype,
+        base=model.settings.base_precision,
+        products=model.settings.low_precision_products,
+        on_device=on_device,
     )
-    streamer = BlockStreamer(device)
-    streamed = set(spread(model.blocks, model.blocks - on_device))
-    for index, block in enumerate(transformer.transformer_blocks):
-        for name in LAYERS:
-            parent = block.get_submodule(name.split(".")[0])
-            parent[1] = TabledLinear(parent[1], device, model.dtype)
-        fill(block, device, model.dtype)
-        if index in streamed:
-            streamer.store(index, block)
-    fill(transformer, device, model.dtype)
-    streamer.finish()
-    transformer.streamer = streamer
-    transformer.requires_grad_(False)
     spec = LoraSpec.from_settings(model.settings)
     for _, parameter in add_lora(transformer, spec, model.family, 0):
         torch.nn.init.normal_(parameter, 0, 0.02)
         parameter.grad = torch.zeros_like(parameter)
     return transformer.train()
-
-
-def fill(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give memory and numbers to every parameter that has none yet."""
-    for name, parameter in list(module.named_parameters()):
-        if parameter.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if parameter.ndim == 1:
-                torch.nn.init.constant_(value, float(leaf == "weight"))
-            else:
-                torch.nn.init.normal_(value, 0, 0.02)
-            frozen = torch.nn.Parameter(value, requires_grad=False)
-            module.get_submodule(owner)._parameters[leaf] = frozen
 
 
 class Measured:
@@ -152,7 +126,7 @@ def measure(model: StepModel, options: argparse.Namespace, device: torch.device)
     chosen = choose_attention("auto", device, measure_on(device, model.dtype, heads))
     use_attention(chosen)
     started = time.perf_counter()
-    transformer = make_transformer(model, max(wanted), device)
+    transformer = make_model(model, max(wanted), device)
     print(f"attention {chosen or 'torch'}; model made in {time.perf_counter() - started:.0f} s")
     passes = Passes(model, transformer, shape)
     rows: list[list[object]] = []
@@ -176,8 +150,9 @@ def measure(model: StepModel, options: argparse.Namespace, device: torch.device)
     columns = "on device,predicted GiB,measured GiB,error,host GiB,s/step,predicted s,GiB copied"
     print_table(
         f"this project, {model.blocks} blocks, {options.width} heads, {options.batch} x "
-        f"{options.px} px with {options.text} text tokens, {str(model.dtype).split('.')[1]}, full "
-        f"recompute{', compiled' * options.compile}{', activations offloaded' * options.offload}",
+        f"{options.px} px with {options.text} text tokens, {options.base}, products "
+        f"{options.products}, full recompute{', compiled' * options.compile}"
+        f"{', activations offloaded' * options.offload}",
         [*columns.split(","), "predicted", "GB/s", "same bits"],
         rows,
     )
@@ -219,6 +194,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--width", type=int, default=24, help="heads of 128")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--base", default="bf16", choices=BASES)
+    parser.add_argument("--products", default="none", choices=PRODUCTS, help="with --base")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--offload", action="store_true")
@@ -227,7 +204,12 @@ def main() -> None:
     print(machine())
     if on_gpu:
         print(f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    settings = Settings(rank=options.rank, offload_activations=options.offload)
+    settings = Settings(
+        rank=options.rank,
+        base_precision=options.base,
+        low_precision_products=options.products,
+        offload_activations=options.offload,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = model_folder(Path(name), options.width, options.blocks)
         model = StepModel(folder, settings, torch.bfloat16)

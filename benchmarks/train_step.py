@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,20 +28,20 @@ from common import machine, print_table
 from example import example_loop
 from loops import our_loop
 from peft import LoraConfig
+from random_model import BASES, HEAD, config_of, make_transformer
 from synthetic import WIDTH, write_set
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families import family_by_name
 from qwen_lora.families.base import ForwardOptions, Recompute
-from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
-from qwen_lora.families.qwen_image.scaled import KINDS, PRODUCTS, ScaledLinear, scale_linears
+from qwen_lora.families.qwen_image.scaled import PRODUCTS
 from qwen_lora.posix import peak_rss_gib
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.lora import LoraSpec, add_lora
 from qwen_lora.train.timesteps import TimestepSampling
 
-SAMPLES, HEAD = 16, 128
+SAMPLES = 16
 WAYS = {
     "example": "diffusers example (PEFT, checkpointing)",
     "plain": "this project, diffusers' forward, full recompute",
@@ -56,62 +55,16 @@ WAYS = {
 }
 
 
-class RandomTable:
-    """Stands for a modulation table: a few random rows on the host, one copied per sample."""
-
-    def __init__(self, layers: int, width: int, dtype: torch.dtype, pin: bool) -> None:
-        rows = torch.randn(8, layers, 2, 6 * width).mul_(0.1).to(dtype)
-        self._rows = rows.pin_memory() if pin else rows
-
-    def look_up(self, sigmas: torch.Tensor, device: torch.device) -> torch.Tensor:
-        rows = self._rows[[int(sigma * 8) % 8 for sigma in sigmas.tolist()]]
-        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
-
-
-def make_transformer(
-    options: argparse.Namespace, device: torch.device, tabled: bool, base: str = "bf16"
-) -> Any:
-    """Random weights, made on the device one tensor at a time. base: bf16, or 8 bits with
-    options.products."""
-    from diffusers import QwenImageTransformer2DModel
-
-    dtype = getattr(torch, options.dtype)
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(
-            num_layers=options.layers, num_attention_heads=options.heads, attention_head_dim=HEAD
-        )
-    model.pos_embed = type(model.pos_embed)(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
-    width = options.heads * HEAD
-    if tabled:
-        model.modulation_table = RandomTable(options.layers, width, dtype, device.type == "cuda")
-        for block in model.transformer_blocks:
-            for name in LAYERS:
-                parent = block.get_submodule(name.split(".")[0])
-                parent[1] = TabledLinear(parent[1], device, dtype)
-    if base != "bf16":
-        scale_linears(model.transformer_blocks, base, options.products)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
-        torch.nn.init.ones_(value) if parameter.ndim == 1 else torch.nn.init.normal_(value, 0, 0.02)
-        layer = model.get_submodule(owner)
-        if isinstance(layer, ScaledLinear) and leaf == "weight":
-            layer.put(value, device)
-            continue
-        frozen = torch.nn.Parameter(value, requires_grad=False)
-        model.get_submodule(owner)._parameters[leaf] = frozen
-    return model.requires_grad_(False)
-
-
 def make_loop(
     options: argparse.Namespace, shards: ShardSet, folder: Path, batch: int
 ) -> Callable[[int], None]:
     way, rank = options.way, options.rank
     dtype = getattr(torch, options.dtype)
     bf16 = dtype == torch.bfloat16
+    config = config_of(options.heads, options.layers)
     if way == "example":
         accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not options.cuda)
-        model = make_transformer(options, accelerator.device, tabled=False)
+        model = make_transformer(config, accelerator.device, dtype, tabled=False)
         targets = ["to_k", "to_q", "to_v", "to_out.0"]
         model.add_adapter(
             LoraConfig(
@@ -124,7 +77,14 @@ def make_loop(
     accelerator = Accelerator(cpu=not options.cuda)
     family, compiled = family_by_name("qwen-image"), way.startswith("compiled-")
     tabled = bf16 and way != "plain"
-    model = make_transformer(options, accelerator.device, tabled, options.base)
+    model = make_transformer(
+        config,
+        accelerator.device,
+        dtype,
+        tabled=tabled,
+        base=options.base,
+        products=options.products,
+    )
     add_lora(model, LoraSpec.from_settings(Settings(rank=rank)), family, seed=0)
     recompute = "full" if way == "plain" else way.removeprefix("compiled-")
     offload = recompute == "offload"
@@ -255,7 +215,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="0: as many as --token-budget holds")
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--base", default="bf16", choices=["bf16", *KINDS], help="of this project")
+    parser.add_argument("--base", default="bf16", choices=BASES, help="of this project")
     parser.add_argument("--products", default="none", choices=PRODUCTS, help="with --base")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)

@@ -37,7 +37,10 @@ SMALLEST = {
     "lora_parts.py": [
         *("--tokens", "16", "--width", "32", "--rank", "2", "--repeats", "1", "--millions", "0.2"),
     ],
-    "memory.py": ["--width", "1", "--blocks", "2", "--px", "32", "--text", "4"],
+    "memory.py": [
+        *("--width", "1", "--blocks", "3", "--px", "32", "--text", "4"),
+        *("--bases", "bf16", "fp8:both", "--ways", "full", "offload+1", "on1"),
+    ],
     "remote.py": [
         "--samples",
         "4",
@@ -68,8 +71,8 @@ SMALLEST = {
 
 
 def test_each_script_has_a_smallest_run() -> None:
-    helpers = {"common.py", "example.py", "loops.py", "synthetic.py", "throttled.py"}
-    helpers.add("cards.py")  # tests/train/test_cards.py
+    helpers = {"common.py", "example.py", "loops.py", "random_model.py", "synthetic.py"}
+    helpers |= {"throttled.py", "cards.py"}  # the second: tests/train/test_cards.py
     assert {path.name for path in BENCHMARKS.glob("*.py")} - helpers == set(SMALLEST)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from qwen_lora.config.field import (
     ListOf,
@@ -376,19 +376,13 @@ class TrainSettings(Section):
             return value
         raise ValueError(f"must be {', '.join(OPTIMIZERS)} or module.Class, not {value!r}")
 
-    @field_validator("recompute")
+    @field_validator("recompute", "blocks_on_device")
     @classmethod
-    def _known_recompute(cls, value: str) -> str:
-        if value in ("auto", "selective", "full") or value.isdecimal():
+    def _word_or_number(cls, value: str, info: ValidationInfo) -> str:
+        words = ("auto", "full", "selective") if info.field_name == "recompute" else ("auto", "all")
+        if value in words or value.isdecimal():
             return value
-        raise ValueError("must be auto, full, selective or a number of blocks")
-
-    @field_validator("blocks_on_device")
-    @classmethod
-    def _known_blocks(cls, value: str) -> str:
-        if value in ("auto", "all") or value.isdecimal():
-            return value
-        raise ValueError("must be auto, all or a number of blocks")
+        raise ValueError(f"must be {', '.join(words)} or a number of blocks")
 
     @field_validator("preview_size")
     @classmethod

@@ -47,6 +47,11 @@ class TokenCount:
     truncated: int  # tokens cut off the end of the caption
 
 
+def among(index: int, chosen: int, of: int) -> bool:
+    """Whether number `index` is one of so many that are chosen, spread evenly."""
+    return (index + 1) * chosen // of > index * chosen // of
+
+
 @dataclass(frozen=True)
 class Recompute:
     """What the backward pass computes anew instead of keeping it: nothing, all but the results of
@@ -69,7 +74,7 @@ class Recompute:
 
     def applies_to(self, index: int, of: int) -> bool:
         if self.kind == "some":
-            return (index + 1) * self.blocks // of > index * self.blocks // of
+            return among(index, self.blocks, of)
         return self.kind != "none"
 
     def budget(self, of: int) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qwen_lora.families.base import among
 from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
 
 RING = 2  # buffers: one in use, one that is filled
@@ -28,7 +29,7 @@ ALIGNED = 64  # bytes; every type and every kernel may start there
 
 def spread(blocks: int, streamed: int) -> list[int]:
     """Which of so many blocks are streamed: evenly, so that copying has time between them."""
-    return [i for i in range(blocks) if (i + 1) * streamed // blocks > i * streamed // blocks]
+    return [index for index in range(blocks) if among(index, streamed, blocks)]
 
 
 @dataclass(frozen=True)

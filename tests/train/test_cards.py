@@ -3,10 +3,9 @@ run with it ends with a LoRA."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,13 +26,11 @@ OTHER_SIDES = [
 @pytest.fixture(scope="module")
 def cards() -> Any:
     """benchmarks/cards.py, which makes the page's tables."""
-    spec = importlib.util.spec_from_file_location("cards", ROOT / "benchmarks" / "cards.py")
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules["cards"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["cards"]
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("cards")
+    finally:
+        sys.path.pop(0)
 
 
 def section(card: int) -> str:

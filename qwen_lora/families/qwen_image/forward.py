@@ -51,6 +51,7 @@ class OwnForward:
         self.streamer: BlockStreamer | None = getattr(transformer, "streamer", None)
         self.offload: ActivationOffload | None = None
         self._weights: frozenset[int] = frozenset()  # their storages
+        self._shared: frozenset[int] = frozenset()  # and those of the rotations
         if options.offload_activations:
             self.offload = ActivationOffload(transformer.img_in.weight.device)
             if not self.sharded:  # spread weights have none, and are not asked for
@@ -74,12 +75,15 @@ class OwnForward:
             self._run_again = CompiledBlock(1.0)
             self._run = CompiledBlock(budget) if self._budgeted else self._run_again
 
-    def begin(self) -> None:
+    def begin(self, rotations: Rotations) -> None:
+        """A pass begins in which all blocks share these rotations."""
+        if self.offload is not None and self._budgeted:
+            self._shared = self._weights | _storages((*rotations.image, *rotations.text))
         for part in (self.streamer, self.offload):
             if part is not None:
                 part.begin()
 
-    def way(self, index: int, blocks: int, mixed: bool, rotations: Rotations) -> Block:
+    def way(self, index: int, blocks: int, mixed: bool) -> Block:
         """How to run block `index` now; its weights are on the device from here on. mixed: the
         batch has captions of different lengths."""
         training = torch.is_grad_enabled()
@@ -93,9 +97,8 @@ class OwnForward:
         if training and self.offload is not None:
             if again:
                 run = _within(self.offload.keeping(index), run)
-            elif self._budgeted and not mixed:
-                shared = self._weights | _storages((*rotations.image, *rotations.text))
-                run = _within(self.offload.keeping(index, shared), run)
+            elif self._budgeted and not mixed and self.recompute.kind != "none":
+                run = _within(self.offload.keeping(index, self._shared), run)
         return run
 
     def _runs_again(self, index: int, blocks: int, mixed: bool) -> bool:
@@ -127,9 +130,9 @@ def predict(
     owner = owners(lengths, image.device)
     rotations = _rotations(transformer, grid, text.shape[1], lengths, real=how.compiled)
     last = len(transformer.transformer_blocks) - 1
-    how.begin()
+    how.begin(rotations)
     for index, block in enumerate(transformer.transformer_blocks):
-        run = how.way(index, last + 1, lengths is not None, rotations)
+        run = how.way(index, last + 1, mixed=lengths is not None)
         rest = (partial(rows, index), rotations, owner, lengths, index == last)
         work = partial(_run_one, run, block, *rest)
         # Called as a module the block has its weights, also for its modulation.

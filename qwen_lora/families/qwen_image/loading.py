@@ -82,7 +82,7 @@ def load_weights(
                 f"{weights}: weight {key!r} has shape {list(tensor.shape)}, its config asks for "
                 f"{list(parameter.shape)}"
             )
-        _place(module, name, tensor, device, dtype)
+        place(module, name, tensor, device, dtype)
         placed(name)
     if missing:
         raise InputError(f"{weights} lacks {len(missing)} weights, the first is {min(missing)!r}")
@@ -157,7 +157,7 @@ def _shape_before_packing(
     return parameter.shape
 
 
-def _place(
+def place(
     module: torch.nn.Module,
     name: str,
     tensor: torch.Tensor | Stored,

@@ -155,6 +155,8 @@ def _counts(model: StepModel) -> list[int]:
     takes its time to compile."""
     if model.settings.compile_blocks is not True:
         return list(range(1, model.blocks))
+    if model.settings.offload_activations:
+        return []  # all that a budget keeps is copied, and may take longer than computing it
     found = {round(share * model.blocks) for share in (0.5, 0.75, 0.9)}
     return sorted(found - {0, model.blocks})
 

@@ -336,7 +336,7 @@ def format_estimate(facts: dict[str, Any]) -> str:
         lines += [*_streaming_lines(facts["table"], facts["blocks"]), ""]
     lines.append(
         "Arithmetic from the model's config. On an H200 the peaks of bf16 at 512 and 1024 px were "
-        "within 1 % of it, lower with compile_blocks; fp8, int8 and nf4 were not measured. Cards: "
+        "within 1.1 % of it, compiled or not; fp8, int8 and nf4 were not measured. Cards: "
         "GiB + 5 %, at least 1 GiB, for what is not counted."
     )
     return "\n".join(lines)

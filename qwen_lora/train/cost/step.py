@@ -199,7 +199,8 @@ class StepModel:
                         budget,
                     )
             # Those in host memory: one block's stay until they have left, or come ahead of use.
-            held = 2 if self.settings.offload_activations else self.blocks
+            leaves = self.settings.offload_activations and recompute.kind != "none"
+            held = 2 if leaves else self.blocks
             kept += held * self._kept[key]
         anew = round((1 - budget) * (full.backward_flops - none.backward_flops))
         return Traced(
