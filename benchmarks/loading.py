@@ -111,7 +111,8 @@ def make_checkpoint(folder: Path, heads: int, size: int, file_size: int) -> int:
     target = folder / "transformer"
     target.mkdir()
     model.save_config(target)
-    random = torch.Generator().manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random = torch.Generator(device).manual_seed(0)
     weight_map: dict[str, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     number = taken = 0
@@ -125,8 +126,8 @@ def make_checkpoint(folder: Path, heads: int, size: int, file_size: int) -> int:
         tensors, taken = {}, 0
 
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
-        tensors[name] = noise.mul_(0.02).bfloat16()
+        noise = torch.randn(parameter.shape, generator=random, device=device)
+        tensors[name] = noise.mul_(0.02).bfloat16().cpu()
         taken += 2 * parameter.numel()
         if taken >= file_size:
             flush()

@@ -130,6 +130,12 @@ def predict(
     owner = owners(lengths, image.device)
     rotations = _rotations(transformer, grid, text.shape[1], lengths, real=how.compiled)
     last = len(transformer.transformer_blocks) - 1
+    if how.compiled and torch.is_grad_enabled():
+        # As in front of every other block: else the first would make a graph of its own, and
+        # compiling takes longer than a few gradients that nobody uses.
+        for stream in (image, text):
+            if not stream.requires_grad:
+                stream.requires_grad_()
     how.begin(rotations)
     for index, block in enumerate(transformer.transformer_blocks):
         run = how.way(index, last + 1, mixed=lengths is not None)
