@@ -24,8 +24,9 @@ from qwen_lora.train.metrics import MetricsFile
 from qwen_lora.train.previews import Previews
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.report import Report
+from qwen_lora.train.results import StepResult
 from qwen_lora.train.signals import StopRequest
-from qwen_lora.train.step import MicroStep, Stepper, StepResult
+from qwen_lora.train.step import MicroStep, Stepper
 from qwen_lora.train.trackers import Trackers
 from qwen_lora.train.validation import Measure
 
@@ -87,6 +88,7 @@ class Loop:
         self.parts, self.settings, self.ranks = parts, parts.settings, parts.ranks
         self.state = state
         self._saved_step = state.step
+        self._last: StepResult | None = None
         self._timed_steps, self._timed_samples, self._timed_s, self._waited_s = 0, 0, 0.0, 0.0
 
     def run(self) -> TrainState:
@@ -103,13 +105,13 @@ class Loop:
                 started = time.monotonic()
                 current = self._agree_on_next(work, stop)
                 lr = float(self.parts.stepper.optimizer.param_groups[0]["lr"])
-                result = self.parts.stepper.run(
-                    self.state.step, current.micro_steps, current.samples
-                )
-                self._advance(current, result, time.monotonic() - started)
+                self.parts.stepper.run(self.state.step, current.micro_steps, current.samples)
+                self._advance(current)
+                self._take_results(wait=self._ends_interval())
+                self._time(current.samples, time.monotonic() - started)
                 bar.note(self._note())
                 bar.update()
-                self._log(result, lr)
+                self._log(lr)
                 self._measure(stop)
                 saved = self._save_when_due()
                 self._preview(stop, bar)  # after saving: drawing may take minutes
@@ -128,6 +130,7 @@ class Loop:
         self._waited_s += time.monotonic() - started
         signum = self.ranks.agree(failure, stop.signum)
         if signum:
+            self._take_results(wait=True)
             if self._saved_step != self.state.step or self.state.step == 0:
                 self.parts.save(self.state)
             self.ranks.on_main(lambda: self._report("stopped"))  # nobody leaves before it is there
@@ -138,42 +141,68 @@ class Loop:
         assert current is not None
         return current
 
-    def _advance(self, work: Work, result: StepResult, seconds: float) -> None:
+    def _advance(self, work: Work) -> None:
         state = self.state
-        before = state.smoothed_loss
-        smoothed = (
-            result.loss if before is None else SMOOTHING * before + (1 - SMOOTHING) * result.loss
-        )
-        self.state = TrainState(
+        self.state = replace(
+            state,
             step=state.step + 1,
             epoch=work.epoch + 1 if work.last_of_epoch else work.epoch,
             epoch_step=0 if work.last_of_epoch else work.index + 1,
             samples=state.samples + work.samples,
-            smoothed_loss=smoothed,
-            interval_losses=(*state.interval_losses, result.loss),
         )
+
+    def _ends_interval(self) -> bool:
+        """Whether something happens after this step that needs the numbers of all so far."""
+        step, settings, previews = self.state.step, self.settings, self.parts.previews
+        every = (settings.logging_steps, settings.checkpointing_steps, settings.validation_steps)
+        return (
+            any(count > 0 and step % count == 0 for count in every)
+            or step == settings.max_train_steps
+            or (previews is not None and previews.plan.due(step, settings.max_train_steps))
+        )
+
+    def _take_results(self, wait: bool) -> None:
+        """Into the state; it may lag behind the steps until somebody waits."""
+        for result in self.parts.stepper.results(wait):
+            before = self.state.smoothed_loss
+            smoothed = (
+                result.loss
+                if before is None
+                else SMOOTHING * before + (1 - SMOOTHING) * result.loss
+            )
+            self.state = replace(
+                self.state,
+                smoothed_loss=smoothed,
+                interval_losses=(*self.state.interval_losses, result.loss),
+            )
+            self._last = result
+
+    def _time(self, samples: int, seconds: float) -> None:
         self._timed_steps += 1
-        self._timed_samples += work.samples
+        self._timed_samples += samples
         self._timed_s += seconds
 
     def _note(self) -> str:
+        smoothed = self.state.smoothed_loss
+        loss = "" if smoothed is None else f"loss {smoothed:.4f}, "
         return (
-            f"loss {self.state.smoothed_loss:.4f}, {self._timed_s / self._timed_steps:.2f} s/step, "
+            f"{loss}{self._timed_s / self._timed_steps:.2f} s/step, "
             f"{self._timed_samples / self._timed_s:.2f} samples/s"
         )
 
-    def _log(self, result: StepResult, lr: float) -> None:
+    def _log(self, lr: float) -> None:
         """One line each `logging_steps` and at the end, with the mean loss since the last one."""
         state = self.state
         if state.step % self.settings.logging_steps and state.step != self.settings.max_train_steps:
             return
+        assert self._last is not None
         row: dict[str, Any] = {
             "step": state.step,
             "epoch": state.epoch,
             "loss": sum(state.interval_losses) / len(state.interval_losses),
             "smoothed_loss": state.smoothed_loss,
             "learning_rate": lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": self._last.grad_norm,
             "step_seconds": round(self._timed_s / self._timed_steps, 6),
             "samples_per_s": round(self._timed_samples / self._timed_s, 4),
             "data_wait_seconds": round(self._waited_s / self._timed_steps, 6),

@@ -2,13 +2,13 @@
 """One optimizer step: the gradient of the sum of sample losses over the step's number of samples.
 
 The micro-batches of a step are shared out over ranks and accumulated. A rank with nothing to do
-repeats a micro-batch with weight zero, so that all ranks do the same. The step reads its loss and
-gradient norm from the device once, after the last micro-batch; nothing else waits for the device.
+repeats a micro-batch with weight zero, so that all ranks do the same. Nothing waits for the device:
+an optimizer that can (torch's fused ones) is told there whether to update, and loss and gradient
+norm are read later (results.py). With another optimizer, or in float16, each step reads them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from qwen_lora.train.gradients import SharedGradients
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.results import Done, Part, Results, StepResult
 from qwen_lora.train.short_memory import ShortMemory
 
 MAX_SKIPPED = 20  # fp16 updates skipped in a row before the run stops
@@ -36,13 +37,6 @@ class MicroStep:
     batch: LoadedBatch
     index: int  # of the micro-batch in the step, over all ranks: seeds the LoRA's dropout
     weight: float  # 1, or 0 where the rank has no work of its own
-
-
-@dataclass(frozen=True)
-class StepResult:
-    loss: float  # mean over the step's samples on all ranks
-    grad_norm: float  # before clipping
-    skipped: int  # fp16 attempts whose update was skipped before this one
 
 
 class SampleLosses(torch.nn.Module):
@@ -100,21 +94,52 @@ class Stepper:
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
         self._memory = memory
         self._shared = SharedGradients(self.parameters) if ranks.world > 1 else None
+        self._results = Results()
+        # 1 as soon as a step was not finite: what GradScaler tells an optimizer, without its wait.
+        self._bad: torch.Tensor | None = None
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
+            self._bad = torch.zeros((), device=ranks.device)
+            told: Any = optimizer
+            told.grad_scale, told.found_inf = None, self._bad
 
-    def run(self, step: int, work: Sequence[MicroStep], step_samples: int) -> StepResult:
-        """Do step number `step` (from 0). Raises QwenLoraError on every rank, before any update,
-        when the loss or the gradient is not finite. With fp16 the scale is lowered and the step
-        tried again, at most twenty times."""
-        for skipped in range(MAX_SKIPPED):
-            loss, grad_norm, losses = self._accumulate(step, work, step_samples)
-            if math.isfinite(loss) and math.isfinite(grad_norm):
+    def run(self, step: int, work: Sequence[MicroStep], step_samples: int) -> None:
+        """Do step number `step` (from 0); `results` says what came of it. If its loss or gradient
+        is not finite, neither it nor any later one changes a weight. With fp16 the scale is lowered
+        and the step tried again, at most twenty times."""
+        for _ in range(MAX_SKIPPED):
+            values, losses = self._accumulate(step, work, step_samples)
+            if self._bad is None:
+                values = values.cpu()
+                good = bool(values.isfinite().all())
+            else:
+                self._bad.copy_(torch.maximum(self._bad, (~values.isfinite()).any().float()))
+                good = True  # the optimizer looks itself
+            if good:
                 self._update(step)
                 self.scheduler.step()
-                return StepResult(loss, grad_norm, skipped)
-            if not self.scaler.is_enabled():
+            if good or not self.scaler.is_enabled():
                 break
             self.scaler.update()  # unscale_ has seen the overflow: the scale goes down
-        raise self._non_finite(step, work, losses, loss, grad_norm)
+        parts = [
+            Part(micro.batch.sample_ids, micro.weight, found)
+            for micro, found in zip(work, losses, strict=True)
+        ]
+        self._results.put(Done(step, parts), values)
+
+    def results(self, wait: bool) -> list[StepResult]:
+        """Of the steps since the last call, as far as they are known; wait: of all, at the same
+        moment on every rank. Raises QwenLoraError on every rank for a step whose loss or gradient
+        was not finite."""
+        found = []
+        while (known := self._results.look(wait)) is not None:
+            done, result = known
+            if not result.finite:
+                if not wait and self._bad is not None and self.ranks.world > 1:
+                    break  # not every rank knows by now, and the error is told together
+                raise self._non_finite(done, result)
+            found.append(result)
+            self._results.drop()
+        return found
 
     def _update(self, step: int) -> None:
         try:
@@ -129,9 +154,9 @@ class Stepper:
 
     def _accumulate(
         self, step: int, work: Sequence[MicroStep], step_samples: int
-    ) -> tuple[float, float, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward and backward of all micro-batches; clipped gradients are left in place. Returns
-        the loss and gradient norm over all ranks and this rank's sample losses."""
+        [2], the loss and gradient norm over all ranks, and this rank's sample losses."""
         sample_losses: list[torch.Tensor] = []
         while (failed := self._pass(step, work, step_samples, sample_losses)) is not None:
             # Nothing of the step has left this rank. Gradients and dropout begin anew with it.
@@ -144,8 +169,7 @@ class Stepper:
             loss_sum = self._shared.sum(loss_sum)
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        loss, norm = torch.stack([loss_sum / step_samples, grad_norm]).tolist()
-        return loss, norm, sample_losses
+        return torch.stack([loss_sum / step_samples, grad_norm]), sample_losses
 
     def _pass(
         self, step: int, work: Sequence[MicroStep], step_samples: int, found: list[torch.Tensor]
@@ -190,31 +214,23 @@ class Stepper:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _non_finite(
-        self,
-        step: int,
-        work: Sequence[MicroStep],
-        losses: Sequence[torch.Tensor],
-        loss: float,
-        grad_norm: float,
-    ) -> QwenLoraError:
+    def _non_finite(self, done: Done, result: StepResult) -> QwenLoraError:
         """The error, the same on every rank: the samples with a non-finite loss or, when only the
         gradient is not finite, all of the step's."""
         bad, every = [], []
-        for micro, values in zip(work, losses, strict=True):
-            if micro.weight:
-                finite = torch.isfinite(values).tolist()
-                every += micro.batch.sample_ids
-                bad += [
-                    name for name, ok in zip(micro.batch.sample_ids, finite, strict=True) if not ok
-                ]
+        for part in done.parts:
+            if part.weight:
+                finite = torch.isfinite(part.losses).tolist()
+                every += part.sample_ids
+                bad += [name for name, ok in zip(part.sample_ids, finite, strict=True) if not ok]
         gathered = self.ranks.gather_json([bad, every])
         all_bad = sorted({name for part, _ in gathered for name in part})
         all_samples = sorted({name for _, part in gathered for name in part})
         shown = all_bad or all_samples
         tried = f" in {MAX_SKIPPED} attempts in a row" if self.scaler.is_enabled() else ""
         return QwenLoraError(
-            f"step {step + 1}: the loss ({loss}) or the gradient norm ({grad_norm}) is not finite"
+            f"step {done.step + 1}: the loss ({result.loss}) or the gradient norm "
+            f"({result.grad_norm}) is not finite"
             f"{tried}; nothing was updated. Samples: {_names(shown)}. "
             "Lower learning_rate or check these images; earlier checkpoints are intact"
         )
