@@ -5,16 +5,17 @@ python benchmarks/streaming.py [--on-device all 40 20 0] [--px N] [--text N] [--
 
 Random weights of Qwen-Image's shapes (without the modulation layers, for which random rows stand)
 are made block by block; a streamed block goes to host memory at once, and fewer blocks on the
-device come out of the same model. "predicted s" is the larger of two: the seconds of the first row
-(on a card that holds it all), or else its FLOPs at the rate of a matrix product; and the bytes
-that are copied at the rate measured here. "same bits" compares loss and gradients with the first
-row's, kernels set to be deterministic. On a CPU take --width 1 --blocks 5 --px 32 --text 4.
+device come out of the same model. "predicted s" is what `plan` computes for blocks that take as
+long as those of the first row (on a card that holds it all; or else their FLOPs at the rate of a
+matrix product) and copies at the rate measured here. "same bits" compares loss and gradients with
+the first row's, with deterministic kernels. On a CPU take --width 1 --blocks 5 --px 32 --text 4.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ from qwen_lora.families.qwen_image.scaled import PRODUCTS
 from qwen_lora.families.streaming import BlockStreamer
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.cost.choice import GIB
-from qwen_lora.train.cost.copies import measure_copies
+from qwen_lora.train.cost.copies import measure_copies, streamed_seconds
 from qwen_lora.train.cost.estimate import measure_rate
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import Cost, StepModel
@@ -64,11 +65,13 @@ def make_model(model: StepModel, on_device: int, device: torch.device) -> Any:
 class Measured:
     """One number of blocks on the device."""
 
-    def __init__(self, passes: Passes, steps: int) -> None:
+    def __init__(self, passes: Passes, steps: int, attention: str | None) -> None:
         transformer = passes.transformer
         self.streamer: BlockStreamer = transformer.streamer  # type: ignore[assignment]
         self.on_gpu = self.streamer.device.type == "cuda"
+        use_attention("flash")  # cuDNN's gradients differ from pass to pass
         self.numbers = self._numbers(passes)
+        use_attention(attention)
         for _ in range(WARM_UP):
             passes.losses().sum().backward()
         self._wait()
@@ -80,7 +83,21 @@ class Measured:
         self._wait()
         self.seconds = (time.perf_counter() - started) / steps
         self.copied = (self.streamer.copied_bytes - before) // steps
+        self.forward = self._forward(passes, steps)
         self.peak = torch.cuda.max_memory_allocated() if self.on_gpu else self._on_cpu(passes)
+
+    def _forward(self, passes: Passes, steps: int) -> float:
+        """The share of a step that is its forward pass."""
+        shares = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            losses = passes.losses().sum()
+            self._wait()
+            middle = time.perf_counter()
+            losses.backward()
+            self._wait()
+            shares.append((middle - started) / (time.perf_counter() - started))
+        return statistics.median(shares)
 
     def _wait(self) -> None:
         if self.on_gpu:
@@ -131,7 +148,6 @@ def measure(model: StepModel, options: argparse.Namespace, device: torch.device)
     passes = Passes(model, transformer, shape)
     rows: list[list[object]] = []
     first: Measured | None = None
-    compute = 0.0
     for on_device in sorted(wanted, reverse=True):
         how = ForwardOptions(
             recompute=Recompute("full"),
@@ -143,10 +159,13 @@ def measure(model: StepModel, options: argparse.Namespace, device: torch.device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         cost = model.cost(shape, Recompute("full"), on_device)
-        found = Measured(passes, options.steps)
+        found = Measured(passes, options.steps, chosen)
         first = first or found
-        compute = compute or (found.seconds if on_device == model.blocks else cost.flops / rate)
-        rows.append(row(model, on_device, cost, found, first, compute, copies))
+        if not rows and on_device == model.blocks:
+            pace = found.seconds * found.forward, found.seconds * (1 - found.forward)
+        elif not rows:  # the device does not hold all blocks: by arithmetic
+            pace = cost.forward_flops / rate, cost.backward_flops / rate
+        rows.append(row(model, on_device, cost, found, first, pace, copies))
     columns = "on device,predicted GiB,measured GiB,error,host GiB,s/step,predicted s,GiB copied"
     print_table(
         f"this project, {model.blocks} blocks, {options.width} heads, {options.batch} x "
@@ -164,12 +183,16 @@ def row(
     cost: Cost,
     found: Measured,
     first: Measured,
-    compute: float,
+    pace: tuple[float, float],
     copies: float | None,
 ) -> list[object]:
     # What the optimizer keeps is not allocated here.
     predicted = cost.peak - cost.lora + 8 * model.lora_parameters
-    seconds = max(compute, cost.traffic / copies) if copies else compute
+    seconds = sum(pace)
+    if copies:
+        forward, backward = (part / model.blocks for part in pace)
+        copy = model.block_bytes / copies
+        seconds = streamed_seconds(model.blocks, on_device, forward, backward, copy)
     return [
         on_device,
         f"{predicted / GIB:.3f}",

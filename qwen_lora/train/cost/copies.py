@@ -1,5 +1,5 @@
 # ruff: noqa: TID253
-"""How fast bytes come from host memory to the GPU."""
+"""How fast bytes come from host memory to the GPU, and how long computing waits for them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import torch
 
 from qwen_lora.families.host_memory import host_buffer
+from qwen_lora.families.streaming import RING, spread
 
 SIZE = 1 << 28  # bytes of one copy
 
@@ -26,3 +27,33 @@ def measure_copies(device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return SIZE / best
+
+
+def streamed_seconds(
+    blocks: int, on_device: int, forward: float, backward: float, copy: float
+) -> float:
+    """Of a forward and a backward pass in which streamed blocks' weights come through a ring of
+    buffers, as `BlockStreamer` queues their copies: one behind the other, each as soon as the block
+    that had its buffer is computed. forward, backward: seconds a block computes; copy: of one
+    block's weights."""
+    streamed = spread(blocks, blocks - on_device)
+    turns = {block: turn for turn, block in enumerate(streamed)}
+    there = dict.fromkeys(range(RING), 0.0)  # turn -> when its copy is over
+    computed = copied = 0.0
+    active: int | None = None
+    for direction, order, seconds in (
+        (1, range(blocks), forward),
+        (-1, reversed(range(blocks)), backward),
+    ):
+        for block in order:
+            turn = turns.get(block)
+            if active is not None and turn != active:
+                ahead = active + direction * RING
+                if 0 <= ahead < len(streamed):
+                    copied = max(copied, computed) + copy
+                    there[ahead] = copied
+            if turn is not None:
+                computed = max(computed, there[turn])
+            computed += seconds
+            active = turn
+    return computed
