@@ -42,6 +42,8 @@ class Cost:
     workspace: int  # what comes on top of that at the worst moment
     forward_flops: int
     backward_flops: int  # recomputation included
+    forward_low: int  # of them, in products in 8 bits
+    backward_low: int
     host: int = 0  # bytes of weights in host memory
     traffic: int = 0  # bytes of them that are copied to the device
 
@@ -52,6 +54,10 @@ class Cost:
     @property
     def flops(self) -> int:
         return self.forward_flops + self.backward_flops
+
+    @property
+    def low_flops(self) -> int:
+        return self.forward_low + self.backward_low
 
 
 class StepModel:
@@ -138,19 +144,16 @@ class StepModel:
             workspace=found.peak - found.kept,
             forward_flops=found.forward_flops,
             backward_flops=found.backward_flops,
+            forward_low=found.forward_low,
+            backward_low=found.backward_low,
             host=streamed * self.block_bytes,
             # Each comes once in a pass; at the two turns the ring has what is needed next.
             traffic=2 * gone,
         )
 
     def _whole(self, shape: Shape, recompute: Recompute) -> Traced:
-        parts = [self._trace(count, shape, recompute) for count in self._counts]
-        return Traced(
-            *(
-                self._deep([getattr(part, name) for part in parts])
-                for name in ("kept", "peak", "forward_flops", "backward_flops")
-            )
-        )
+        few, *more = (self._trace(count, shape, recompute) for count in self._counts)
+        return few.plus(more[0], few, self.blocks - FEW) if more else few
 
     def _some(self, shape: Shape, blocks: int) -> Traced:
         """The last block is one of them. The worst moment is in one of the two kinds of block; all
@@ -158,16 +161,16 @@ class StepModel:
         none, full = (self._whole(shape, Recompute(kind)) for kind in ("none", "full"))
         few = self._trace(FEW, shape, Recompute("none"))
         end = self._trace(FEW, shape, ENDS)
-        each_full = self._each(shape, Recompute("full"))
-        each_none = self._each(shape, Recompute("none"))
+        more = self._trace(FEW + 1, shape, Recompute("none"))
+        few_full, more_full = (
+            self._trace(count, shape, Recompute("full")) for count in (FEW, FEW + 1)
+        )
         inner = blocks - 1
-        kept = none.kept - (few.kept - end.kept) - inner * (each_none.kept - each_full.kept)
+        found = none.plus(end, few).plus(more_full, few_full, inner).plus(more, few, -inner)
         peaks = [end.peak - end.kept]
         if inner:
             peaks.append(full.peak - full.kept)
-        backward = none.backward_flops + (end.backward_flops - few.backward_flops)
-        backward += inner * (each_full.backward_flops - each_none.backward_flops)
-        return Traced(kept, kept + max(peaks), none.forward_flops, backward)
+        return replace(found, peak=found.kept + max(peaks))
 
     def _budgeted(self, shape: Shape) -> bool:
         """Whether blocks keep what a compiler's memory budget allows. A batch of different caption
@@ -202,20 +205,8 @@ class StepModel:
             leaves = self.settings.offload_activations and recompute.kind != "none"
             held = 2 if leaves else self.blocks
             kept += held * self._kept[key]
-        anew = round((1 - budget) * (full.backward_flops - none.backward_flops))
-        return Traced(
-            kept, kept + full.peak - full.kept, none.forward_flops, none.backward_flops + anew
-        )
-
-    def _each(self, shape: Shape, recompute: Recompute) -> Traced:
-        """What one more block adds."""
-        few, more = (self._trace(count, shape, recompute) for count in (FEW, FEW + 1))
-        return Traced(
-            more.kept - few.kept,
-            more.peak - few.peak,
-            more.forward_flops - few.forward_flops,
-            more.backward_flops - few.backward_flops,
-        )
+        found = none.plus(full, none, 1 - budget)
+        return replace(found, kept=kept, peak=kept + full.peak - full.kept)
 
     @property
     def _counts(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 # torch's counter does not know the product of 8-bit integers.
 _flops = {torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm], **flop_registry}
+_LOW = {torch.ops.aten._int_mm, torch.ops.aten._scaled_mm}  # products in 8 bits
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,17 @@ class Traced:
     peak: int
     forward_flops: int
     backward_flops: int  # recomputation included
+    forward_low: int  # of them, in products in 8 bits
+    backward_low: int
+
+    def plus(self, more: Traced, less: Traced, times: float = 1) -> Traced:
+        """With so many times what `more` has beyond `less`."""
+        return Traced(
+            *(
+                getattr(self, name) + round(times * (getattr(more, name) - getattr(less, name)))
+                for name in (field.name for field in fields(Traced))
+            )
+        )
 
 
 def trace(forward: Callable[[], torch.Tensor], device: str = "meta", warm: bool = False) -> Traced:
@@ -41,9 +53,9 @@ def trace(forward: Callable[[], torch.Tensor], device: str = "meta", warm: bool 
             forward()  # what is made once and kept (rotations) belongs to no step
     with flash_attention(), Live(device) as live:
         losses = forward()
-        kept, flops = live.bytes, live.flops
+        kept, flops, low = live.bytes, live.flops, live.low_flops
         losses.sum().backward()  # type: ignore[no-untyped-call]
-    return Traced(kept, live.peak, flops, live.flops - flops)
+    return Traced(kept, live.peak, flops, live.flops - flops, low, live.low_flops - low)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -51,7 +63,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.peak = self.flops = 0
+        self.bytes = self.peak = self.flops = self.low_flops = 0
         self._device = device
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -66,7 +78,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._watch(storage, storage.nbytes())
         self.peak = max(self.peak, self.bytes)
         if (count := _flops.get(func.overloadpacket)) is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
+            flops = count(*args, **kwargs, out_val=out)
+            self.flops += flops
+            self.low_flops += flops if func.overloadpacket in _LOW else 0
         return out
 
     def _storages(self, values: Any) -> list[torch.UntypedStorage]:
