@@ -6,8 +6,8 @@ python benchmarks/streaming.py [--on-device all 40 20 0] [--px N] [--text N] [--
 Random weights of Qwen-Image's shapes (without the modulation layers, for which random rows stand)
 are made block by block; a streamed block goes to host memory at once, and fewer blocks on the
 device come out of the same model. "predicted s" is what `plan` computes for blocks that take as
-long as those of the first row (on a card that holds it all; or else their FLOPs at the rate of a
-matrix product) and copies at the rate measured here. "same bits" compares loss and gradients with
+long as those of the first row (on a card that holds it all; or else their FLOPs at the rates of
+matrix products) and copies at the rate measured here. "same bits" compares loss and gradients with
 the first row's, with deterministic kernels. On a CPU take --width 1 --blocks 5 --px 32 --text 4.
 """
 
@@ -36,7 +36,7 @@ from qwen_lora.families.streaming import BlockStreamer
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.cost.choice import GIB
 from qwen_lora.train.cost.copies import measure_copies, streamed_seconds
-from qwen_lora.train.cost.estimate import measure_rate
+from qwen_lora.train.cost.rates import find_rates
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import Cost, StepModel
 from qwen_lora.train.cost.trace import trace
@@ -135,9 +135,14 @@ def measure(model: StepModel, options: argparse.Namespace, device: torch.device)
     shape = Shape((options.px // 8, options.px // 8), (options.text,) * options.batch)
     wanted = [model.blocks if n == "all" else int(n) for n in options.on_device]
     copies = measure_copies(device)
-    rate = measure_rate()
+    low = model.cost(shape, Recompute("full")).low_flops
+    rates = find_rates(model.family, options.base if low else None)
     if copies:
-        print(f"copies to the device: {copies / 1e9:.1f} GB/s, products: {rate / 1e12:.0f} TFLOP/s")
+        each = [rate.flops for rate in (rates.full, rates.low) if rate]
+        print(
+            f"copies to the device: {copies / 1e9:.1f} GB/s, products: "
+            f"{', in 8 bits '.join(f'{rate / 1e12:.0f}' for rate in each)} TFLOP/s"
+        )
     tokens = model.family.image_tokens(shape.latent_size) + options.text
     heads = (options.batch, options.width, tokens, 128)
     chosen = choose_attention("auto", device, measure_on(device, model.dtype, heads))
@@ -164,7 +169,10 @@ def measure(model: StepModel, options: argparse.Namespace, device: torch.device)
         if not rows and on_device == model.blocks:
             pace = found.seconds * found.forward, found.seconds * (1 - found.forward)
         elif not rows:  # the device does not hold all blocks: by arithmetic
-            pace = cost.forward_flops / rate, cost.backward_flops / rate
+            pace = (
+                rates.seconds(cost.forward_flops, cost.forward_low),
+                rates.seconds(cost.backward_flops, cost.backward_low),
+            )
         rows.append(row(model, on_device, cost, found, first, pace, copies))
     columns = "on device,predicted GiB,measured GiB,error,host GiB,s/step,predicted s,GiB copied"
     print_table(

@@ -27,6 +27,16 @@ Tflops = Annotated[
         "--tflops", metavar="X", min=1e-6, help="Rate of matrix products. [default: measured here]"
     ),
 ]
+Tflops8Bit = Annotated[
+    float | None,
+    typer.Option(
+        "--tflops-8bit",
+        metavar="X",
+        min=1e-6,
+        help="Rate of products in 8 bits, of low_precision_products. [default: measured here, or "
+        "twice --tflops]",
+    ),
+]
 Copies = Annotated[
     float | None,
     typer.Option(
@@ -57,6 +67,7 @@ def plan(
     config: Config = None,
     memory: Memory = None,
     tflops: Tflops = None,
+    tflops_8bit: Tflops8Bit = None,
     h2d: Copies = None,
     run: RunFolder = None,
     check: Check = False,
@@ -87,7 +98,9 @@ def plan(
     from qwen_lora.train.cost.estimate import estimate, format_estimate
 
     checked = _check(settings) if check else None  # first: it refuses settings
-    facts = estimate(settings, memory_gib=memory, tflops=tflops, run=run, h2d=h2d)
+    facts = estimate(
+        settings, memory_gib=memory, tflops=tflops, run=run, h2d=h2d, tflops_8bit=tflops_8bit
+    )
     if checked is not None:
         facts["check"] = checked
     with reader_may_leave():

@@ -233,6 +233,14 @@ class Family(Protocol):
         """Of the base weights of what `empty_transformer` made, as they would be held."""
         ...
 
+    def low_precision_product(
+        self, kind: str, side: int, device: torch.device
+    ) -> Callable[[], torch.Tensor]:
+        """One product of two square factors as a base in fp8 or int8 runs it with
+        `low_precision_products`, without the element-wise work around it. Raises InputError where
+        such products do not run."""
+        ...
+
     def make_modulation_table(
         self, model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
     ) -> None:

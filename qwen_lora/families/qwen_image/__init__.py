@@ -147,6 +147,13 @@ class QwenImage:
 
         return stored_bytes(transformer)
 
+    def low_precision_product(
+        self, kind: str, side: int, device: torch.device
+    ) -> Callable[[], torch.Tensor]:
+        from qwen_lora.families.qwen_image.scaled import bare_product
+
+        return bare_product(kind, side, device)
+
     def make_modulation_table(
         self, model: ModelFolder, path: Path, *, device: torch.device, dtype: torch.dtype
     ) -> None:

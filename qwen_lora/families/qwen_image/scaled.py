@@ -10,7 +10,7 @@ is kept. (W8A8 with a frozen weight, as OneTrainer trains; row-wise scales as to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,18 @@ def _fp8_product(
         use_fast_accum=True,
     )
     return out.to(dtype)
+
+
+def bare_product(kind: str, side: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Of two square factors; int8's without its scaling, which is element-wise work (fp8's is in
+    the product). Raises InputError as `check_products` does."""
+    check_products(kind, device)
+    ones = torch.ones(side, device=device)
+    x = torch.ones(side, side, device=device, dtype=KINDS[kind])
+    weight = x.clone().t()
+    if kind == "int8":
+        return lambda: torch._int_mm(x, weight)
+    return lambda: _fp8_product(x, weight, ones, ones, None, torch.bfloat16)
 
 
 # ---- in a model ----------------------------------------------------------------------------------

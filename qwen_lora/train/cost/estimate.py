@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +28,7 @@ from qwen_lora.train.cost.choice import (
     usable_bytes,
 )
 from qwen_lora.train.cost.copies import measure_copies
+from qwen_lora.train.cost.rates import NOMINAL, find_rates
 from qwen_lora.train.cost.shapes import (
     BucketLoad,
     Shape,
@@ -57,8 +57,10 @@ def estimate(
     tflops: float | None = None,
     run: Path | None = None,
     h2d: float | None = None,
+    tflops_8bit: float | None = None,
 ) -> dict[str, Any]:
-    """What `format_estimate` shows, as JSON values. h2d: GB/s of copies to the GPU."""
+    """What `format_estimate` shows, as JSON values. tflops, tflops_8bit: of products in the compute
+    dtype and in 8 bits; h2d: GB/s of copies to the GPU."""
     if torch.cuda.is_available():
         settings = settle_compile(settings, torch.device("cuda"), None)
     model, loads = _read(settings)
@@ -70,14 +72,15 @@ def estimate(
     shape = load.largest(family)
     usable = _usable(memory_gib)
     choice = choose(step_model, shape, usable)
-    measured = tflops is None
-    rate = measure_rate() if tflops is None else tflops * 1e12
     micro_batches = settings.gradient_accumulation_steps
-    per_step = micro_batches * _mean_flops(step_model, loads, choice.recompute)
+    per_step, low = (
+        micro_batches * flops for flops in _mean_flops(step_model, loads, choice.recompute)
+    )
+    rates = find_rates(family, settings.base_precision if low else None, tflops, tflops_8bit)
     traffic = micro_batches * choice.cost.traffic
     copies = _copy_rate(traffic, h2d)
     # Copying and computing go on at the same time.
-    seconds = max(per_step / rate, traffic / copies if copies else 0.0)
+    seconds = max(rates.seconds(per_step, low), traffic / copies if copies else 0.0)
     facts: dict[str, Any] = {
         "model": model.model_id,
         "parameters": step_model.parameters,
@@ -108,8 +111,11 @@ def estimate(
         "missing_gib": round(choice.missing / GIB, 3),
         "memory_gib": _memory(choice.cost),
         "flops_per_step": per_step,
-        "rate_tflops": rate / 1e12,
-        "rate_measured": measured,
+        "flops_per_step_8bit": low,
+        "rate_tflops": rates.full.flops / 1e12,
+        "rate_measured": rates.full.origin == "measured",
+        "rate_8bit_tflops": rates.low.flops / 1e12 if rates.low else None,
+        "rate_8bit_from": rates.low.origin if rates.low else None,
         "floor_seconds_per_step": seconds,
         "max_train_steps": settings.max_train_steps,
         "floor_seconds": seconds * settings.max_train_steps,
@@ -171,15 +177,18 @@ def _usable(memory_gib: float | None) -> int | None:
     return None
 
 
-def _mean_flops(model: StepModel, loads: Sequence[BucketLoad], recompute: Recompute) -> float:
-    """Of one micro-batch, over an epoch."""
+def _mean_flops(
+    model: StepModel, loads: Sequence[BucketLoad], recompute: Recompute
+) -> tuple[float, float]:
+    """Of one micro-batch, over an epoch; and those of them in 8 bits."""
     some = loads[:MOST_BUCKETS]
     micro_batches = sum(load.visits / load.batch for load in some)
-    total = 0.0
+    total = low = 0.0
     for load in some:
         cost = model.cost(load.average(model.family), recompute)
         total += load.visits / load.batch * cost.flops
-    return total / micro_batches
+        low += load.visits / load.batch * cost.low_flops
+    return total / micro_batches, low / micro_batches
 
 
 def _memory(cost: Cost) -> dict[str, float]:
@@ -252,22 +261,7 @@ def _copy_rate(traffic: int, h2d: float | None) -> float | None:
     return measure_copies(torch.device("cuda"))
 
 
-# ---- time ----------------------------------------------------------------------------------------
-
-
-def measure_rate() -> float:
-    """FLOP/s of matrix products on this machine's GPU in bfloat16, or on its CPU in float32."""
-    on_gpu = torch.cuda.is_available()
-    side = 8192 if on_gpu else 1024
-    device = torch.device("cuda" if on_gpu else "cpu")
-    a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+# ---- a run ---------------------------------------------------------------------------------------
 
 
 def _compare(run: Path, floor: float) -> dict[str, Any]:
@@ -296,7 +290,6 @@ def format_estimate(facts: dict[str, Any]) -> str:
     held = f", {facts['held_parameters']:,} of them held (the rest is the modulation table)"
     if facts["held_parameters"] == facts["parameters"]:
         held = ""
-    origin = "measured here" if facts["rate_measured"] else "as given"
     limit = f" (usable: {_size(facts['usable_gib'])})" if facts["usable_gib"] is not None else ""
     lines = [
         f"{facts['model']}: {facts['parameters']:,} parameters{held}",
@@ -310,9 +303,7 @@ def format_estimate(facts: dict[str, Any]) -> str:
         f"peak memory: {_size(memory['peak'])}{limit} = weights {_size(memory['weights'])} + LoRA "
         f"and optimizer {_size(memory['lora_and_optimizer'])} + activations "
         f"{_size(memory['activations'])} + workspace {_size(memory['workspace'])}",
-        f"a step: {facts['flops_per_step'] / 1e12:.4g} TFLOP, at least "
-        f"{_duration(facts['floor_seconds_per_step'])} at {facts['rate_tflops']:.4g} TFLOP/s "
-        f"({origin})",
+        _step_line(facts),
         f"{facts['max_train_steps']} steps: at least {_duration(facts['floor_seconds'])}",
     ]
     if facts["blocks_on_device"] < facts["blocks"]:
@@ -328,7 +319,7 @@ def format_estimate(facts: dict[str, Any]) -> str:
     if (run := facts.get("run")) is not None:
         lines.append(
             f"the run: {run['step_seconds']:.3g} s a step, {100 * run['share_of_floor']:.0f} % of "
-            "that rate"
+            + ("those rates" if facts["flops_per_step_8bit"] else "that rate")
             + (f", peak {run['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in run else "")
         )
     lines += ["", *_table_lines(facts["table"]), ""]
@@ -340,6 +331,26 @@ def format_estimate(facts: dict[str, Any]) -> str:
         "GiB + 5 %, at least 1 GiB, for what is not counted."
     )
     return "\n".join(lines)
+
+
+def _step_line(facts: dict[str, Any]) -> str:
+    whole, low = facts["flops_per_step"], facts["flops_per_step_8bit"]
+    floor = _duration(facts["floor_seconds_per_step"])
+    origin = "measured here" if facts["rate_measured"] else "as given"
+    rate = f"{facts['rate_tflops']:.4g} TFLOP/s ({origin})"
+    line = f"a step: {whole / 1e12:.4g} TFLOP, at least {floor}"
+    if not low:
+        return f"{line} at {rate}"
+    origins = {
+        "measured": "measured here",
+        "given": "as given",
+        "assumed": f"assumed, {NOMINAL:g} x the other; --tflops-8bit tells it",
+    }
+    return (
+        f"{line}: {(whole - low) / 1e12:.4g} TFLOP at {rate} and {low / 1e12:.4g} TFLOP in "
+        f"{facts['base_precision']} products at {facts['rate_8bit_tflops']:.4g} TFLOP/s "
+        f"({origins[facts['rate_8bit_from']]})"
+    )
 
 
 def _table_lines(rows: list[dict[str, Any]]) -> list[str]:
