@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import atexit
+import json
 import random
 import shutil
 import tempfile
@@ -85,6 +86,22 @@ def transformer_only(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
     for name in ("transformer", "scheduler"):
         shutil.copytree(tiny_model / name, folder / name)
     shutil.copy(tiny_model / "model_index.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deep_model(transformer_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`transformer_only` with four blocks; tests must not change it."""
+    from diffusers import QwenImageTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    shutil.copytree(transformer_only, folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    shutil.rmtree(folder / "transformer")
+    named = {k: v for k, v in config.items() if not k.startswith("_")}
+    torch.manual_seed(0)
+    made = QwenImageTransformer2DModel(**{**named, "num_layers": 4})
+    made.save_pretrained(folder / "transformer")
     return folder
 
 

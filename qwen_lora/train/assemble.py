@@ -83,6 +83,7 @@ class Trainable:
     losses: SampleLosses
     stepper: Stepper
     dtype: torch.dtype
+    memory: ShortMemory
 
 
 def find_model(ranks: Ranks, settings: Settings, manifests: Sequence[Manifest]) -> ModelFolder:
@@ -235,6 +236,15 @@ def build_trainable(
         _restore(optimizer, scheduler, scaler, parameters, resumed, settings)
     losses = SampleLosses(transformer, model.family, settings.loss_weighting)
     transformer.train()  # LoRA dropout; the frozen base has none of its own
+    memory = ShortMemory(
+        settings,
+        model,
+        transformer,
+        way,
+        dtype,
+        shards_of_base(settings, ranks.world),
+        f"process {ranks.rank}: " if ranks.world > 1 else "",
+    )
     stepper = Stepper(
         ranks,
         losses,
@@ -243,11 +253,9 @@ def build_trainable(
         scheduler,
         scaler,
         settings,
-        ShortMemory(
-            settings, model, transformer, way, dtype, shards_of_base(settings, ranks.world)
-        ),
+        memory,
     )
-    return Trainable(transformer, spec, parameters, losses, stepper, dtype)
+    return Trainable(transformer, spec, parameters, losses, stepper, dtype, memory)
 
 
 def _restore(
@@ -330,6 +338,7 @@ def build_loaders(
         trainable.losses,
         plan.measured,
         measured,
+        trainable.memory,
         in_step=settings.shard_base != "none",
     )
     return loader, measure

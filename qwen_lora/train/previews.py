@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwen_lora.errors import QwenLoraError
 from qwen_lora.families.base import Family, LatentDecoder
 from qwen_lora.shards.previews import PreviewPrompt
+from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.draw import draw_latents, drawing_mode
 from qwen_lora.train.preview_files import PreviewFiles
 from qwen_lora.train.preview_plan import PreviewPlan
 from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.short_memory import ShortMemory
 
 if TYPE_CHECKING:
     from qwen_lora.models import ModelFolder
@@ -44,6 +45,7 @@ class Previews:
     family: Family
     scheduler_config: Mapping[str, Any]
     files: PreviewFiles
+    memory: ShortMemory
     decoder: LatentDecoder | None = None  # None: the linear map
     in_step: bool = False  # every rank has to run the transformer equally often
 
@@ -75,24 +77,27 @@ class Previews:
         return [Image.open(io.BytesIO(data)) for data in pictures] if self.ranks.is_main else []
 
     def _picture(self, prompt: PreviewPrompt) -> Image.Image:
-        drawing = self.plan.drawing
-        try:
-            latents = draw_latents(  # [C, h, w]
-                self.transformer,
-                self.family,
-                self.scheduler_config,
-                drawing,
-                (prompt.prompt_embeds, prompt.prompt_mask),
-                self.plan.unconditional,
-                self.ranks.device,
-            )
-            return self._decode(latents)
-        except torch.OutOfMemoryError as error:
-            height, width = (side * self.family.latent_scale for side in drawing.latent_size)
-            raise QwenLoraError(
-                f"the GPU's memory is too small for a preview of {height} x {width} px; set a "
-                "smaller preview_size, or preview_steps: 0. Checkpoints are intact"
-            ) from error
+        drawing, unconditional = self.plan.drawing, self.plan.unconditional
+        height, width = (side * self.family.latent_scale for side in drawing.latent_size)
+        longest = max(len(prompt.prompt_embeds), len(unconditional[0]))
+        return self.memory.without_gradients(
+            f"a preview of {height} x {width} px",
+            Shape(drawing.latent_size, (longest,)),
+            lambda: self._draw(prompt),
+            "a smaller preview_size; or preview_steps: 0",
+        )
+
+    def _draw(self, prompt: PreviewPrompt) -> Image.Image:
+        latents = draw_latents(  # [C, h, w]
+            self.transformer,
+            self.family,
+            self.scheduler_config,
+            self.plan.drawing,
+            (prompt.prompt_embeds, prompt.prompt_mask),
+            self.plan.unconditional,
+            self.ranks.device,
+        )
+        return self._decode(latents)
 
     def _decode(self, latents: torch.Tensor) -> Image.Image:
         if self.decoder is not None:
@@ -142,6 +147,7 @@ def build_previews(
         model.family,
         model.config("scheduler"),
         run.previews,
+        trainable.memory,
         decoder,
         in_step,
     )

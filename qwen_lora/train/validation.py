@@ -18,6 +18,7 @@ from qwen_lora.train.data import BatchLoader, LoadedBatch
 from qwen_lora.train.plan import UNCONDITIONAL, MicroBatch, PlanTable, Visit
 from qwen_lora.train.randomness import Purpose, mix_int, noise
 from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.short_memory import ShortMemory, shape_of
 from qwen_lora.train.step import SampleLosses
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # medians of five equal parts of the uniform density
@@ -55,11 +56,12 @@ class Measure:
         losses: SampleLosses,
         table: PlanTable,
         loader: BatchLoader,
+        memory: ShortMemory,
         in_step: bool = False,
     ) -> None:
         """in_step: every rank has to run the transformer equally often."""
         self.name = name  # validation_loss or fixed_train_loss
-        self._in_step = in_step
+        self._memory, self._in_step = memory, in_step
         self._ranks, self._table, self._loader = ranks, table, loader
         self._losses = SampleLosses(losses.transformer, losses.family, weighting="none")
 
@@ -99,7 +101,15 @@ class Measure:
     @torch.no_grad()
     def _sample(self, row: int) -> torch.Tensor:
         """Losses of one sample, first caption, batch size 1. [S] float64 on the CPU."""
-        batch = self._load(row)
+        batch, (height, width) = self._load(row), self._table.bucket[row].tolist()
+        return self._memory.without_gradients(
+            f"the {self.name} of a sample of {height} x {width} px",
+            shape_of(batch),
+            lambda: self._losses_of(batch),
+            "validation_steps: 0",
+        )
+
+    def _losses_of(self, batch: LoadedBatch) -> torch.Tensor:
         losses = []
         for index, sigma in enumerate(SIGMAS):
             shape = tuple(batch.latents.shape[1:])

@@ -46,7 +46,7 @@ class Fault:
 
     def on_losses(self, change: Callable[[Any], Any]) -> None:
         """Let `change` have the losses of the first micro-batch of step `number`; with a negative
-        number of the last one of that step."""
+        number of the last one of that step. Once."""
         from qwen_lora.train.step import SampleLosses, Stepper
 
         plain_run, plain_forward = Stepper.run, SampleLosses.forward
@@ -184,6 +184,22 @@ def _other_version(fault: Fault) -> None:
     resume.version = version
 
 
+def _never_again(fault: Fault) -> None:
+    """No forward pass from this rank's `number`-th on finds memory enough."""
+    from qwen_lora.train.step import SampleLosses
+
+    plain = SampleLosses.forward
+
+    def forward(module: Any, batch: Any) -> Any:
+        fault.number -= 1
+        if fault.number <= 0:
+            fault.note()
+            out_of_memory()
+        return plain(module, batch)
+
+    SampleLosses.forward = forward  # type: ignore[method-assign]
+
+
 def _stuck(fault: Fault) -> None:
     """A wait that no exception and no closed connection ends, as in a collective on a GPU."""
     fault.on_losses(lambda _: threading.Lock().acquire() and threading.Event().wait())
@@ -192,6 +208,8 @@ def _stuck(fault: Fault) -> None:
 def _patches() -> dict[str, Callable[[Fault], None]]:
     from qwen_lora import lifeline
     from qwen_lora.train import assemble, checkpoint, export, metrics, run
+    from qwen_lora.train.previews import Previews
+    from qwen_lora.train.validation import Measure
 
     first = os.environ["RANK"] == "0"
 
@@ -206,6 +224,9 @@ def _patches() -> dict[str, Callable[[Fault], None]]:
         "reading thread gone": lambda fault: _reader(fault, _die),
         "no GPU memory, forward": lambda fault: fault.on_losses(_in_forward(out_of_memory)),
         "no GPU memory, backward": lambda fault: fault.on_losses(_in_backward(out_of_memory)),
+        "no GPU memory any more": _never_again,
+        "no GPU memory, validation": before(Measure, "_losses_of", out_of_memory),
+        "no GPU memory, preview": before(Previews, "_draw", out_of_memory),
         "bug in forward": lambda fault: fault.on_losses(_in_forward(bug)),
         "bug in backward": lambda fault: fault.on_losses(_in_backward(bug)),
         "loss not finite": lambda fault: fault.on_losses(lambda losses: losses * float("nan")),

@@ -157,15 +157,16 @@ class Ranks:
         of_rank: dict[str, Any] | None = None,
         shards_of_rank: Path | None = None,
         constants: dict[str, float] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Run:
         """Train with one fault: `fault` strikes rank `rank`, `elsewhere` is what all others have;
-        `of_rank`, `shards_of_rank`: that rank's own settings and set."""
+        `of_rank`, `shards_of_rank`: that rank's own settings and set; `settings`: all ranks'."""
         jobs = []
         for each in range(self.world):
             copy, failing = self.folder / f"shards-{each}", each == rank
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(shards_of_rank if shards_of_rank and failing else self.shards, copy)
-            values = SETTINGS | (of_rank or {}) if failing else SETTINGS
+            values = SETTINGS | (settings or {}) | ((of_rank or {}) if failing else {})
             argv = train_command(copy, self.model, self.output, values)
             jobs.append(Job(argv, *((fault, number) if failing else (elsewhere, 1)), shards=copy))
         return start(self.server, self.folder, jobs, constants)

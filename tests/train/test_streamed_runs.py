@@ -3,8 +3,6 @@ choice is the largest that fits, and the LoRA has the bytes of a run without."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,22 +133,6 @@ def test_streaming_comes_before_nothing_fits(tmp_path: Path) -> None:
 
 
 # ---- a run ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def deep_model(transformer_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with four blocks."""
-    from diffusers import QwenImageTransformer2DModel
-
-    folder = tmp_path_factory.mktemp("models") / "deep"
-    shutil.copytree(transformer_only, folder)
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    shutil.rmtree(folder / "transformer")
-    named = {k: v for k, v in config.items() if not k.startswith("_")}
-    torch.manual_seed(0)
-    made = QwenImageTransformer2DModel(**{**named, "num_layers": 4})
-    made.save_pretrained(folder / "transformer")
-    return folder
 
 
 def test_a_run_has_the_same_bytes(make_settings: MakeSettings, deep_model: Path) -> None:

@@ -70,7 +70,7 @@ def fixed_way(settings: Settings, blocks: int) -> Way | None:
     recompute = fixed_recompute(settings)
     streamed = _streamed(settings, blocks)
     if streamed:
-        return Way(_with_streaming(recompute, streamed), blocks - streamed)
+        return Way(with_streaming(recompute, streamed), blocks - streamed)
     return Way(recompute) if recompute is not None else None
 
 
@@ -87,7 +87,7 @@ def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
     if streamed := _streamed(settings, model.blocks):
         ways = [Recompute("some", streamed), Recompute("full")]
         if fixed is not None:
-            ways = [_with_streaming(fixed, streamed)]
+            ways = [with_streaming(fixed, streamed)]
         choices = [
             choice_of(model, shape, Way(way, model.blocks - streamed), usable) for way in ways
         ]
@@ -132,7 +132,7 @@ def _streamed(settings: Settings, blocks: int) -> int:
     return max(0, blocks - int(named)) if named.isdecimal() else 0
 
 
-def _with_streaming(recompute: Recompute | None, streamed: int) -> Recompute:
+def with_streaming(recompute: Recompute | None, streamed: int) -> Recompute:
     """Streamed blocks are recomputed, whatever else is."""
     if recompute is None or recompute.kind == "some":
         return Recompute("full")
