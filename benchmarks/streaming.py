@@ -198,9 +198,8 @@ def row(
     predicted = cost.peak - cost.lora + 8 * model.lora_parameters
     seconds = sum(pace)
     if copies:
-        forward, backward = (part / model.blocks for part in pace)
         copy = model.block_bytes / copies
-        seconds = streamed_seconds(model.blocks, on_device, forward, backward, copy)
+        seconds = streamed_seconds(model.blocks, on_device, *pace, copy)
     return [
         on_device,
         f"{predicted / GIB:.3f}",

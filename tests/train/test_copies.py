@@ -47,9 +47,9 @@ def on_the_clock(
         begun = streamer.computed = max(streamer.computed, streamer.copied)
         streamer.begin()
         for block in range(blocks):
-            streamer.compute(block, forward, backward=False)
+            streamer.compute(block, forward / blocks, backward=False)
         for block in reversed(range(blocks)):
-            streamer.compute(block, backward, backward=True)
+            streamer.compute(block, backward / blocks, backward=True)
     return streamer.computed - begun
 
 
@@ -66,7 +66,7 @@ def test_it_is_what_the_streamer_does(fault_seed: int) -> None:
 
 
 def test_the_two_ends() -> None:
-    assert streamed_seconds(60, 60, 1, 2, 100) == 180
-    assert streamed_seconds(60, 0, 1, 2, 0.5) == 180  # each copy hides behind a block
+    assert streamed_seconds(60, 60, 60, 120, 100) == 180
+    assert streamed_seconds(60, 0, 60, 120, 0.5) == 180  # each copy hides behind a block
     # Nothing but copies, two less in each direction: the ring has them.
     assert streamed_seconds(60, 0, 0, 0, 1) == 2 * 58

@@ -71,5 +71,6 @@ def _is_plain_lora(layer: Any) -> bool:
         type(layer.get_base_layer()) in (torch.nn.Linear, ScaledLinear)
         and not layer.merged
         and not layer.disable_adapters
-        and not (layer.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0)
+        # Asked last: torch.compile makes a graph for either answer.
+        and not (isinstance(dropout, torch.nn.Dropout) and dropout.p > 0 and layer.training)
     )

@@ -29,13 +29,22 @@ def measure_copies(device: torch.device) -> float | None:
     return SIZE / best
 
 
+def copy_rate(traffic: int, h2d: float | None) -> float | None:
+    """Bytes a second: as named, or measured on a GPU where something is copied."""
+    if h2d is not None:
+        return h2d * 1e9
+    if not traffic or not torch.cuda.is_available():
+        return None
+    return measure_copies(torch.device("cuda"))
+
+
 def streamed_seconds(
     blocks: int, on_device: int, forward: float, backward: float, copy: float
 ) -> float:
     """Of a forward and a backward pass in which streamed blocks' weights come through a ring of
     buffers, as `BlockStreamer` queues their copies: one behind the other, each as soon as the block
-    that had its buffer is computed. forward, backward: seconds a block computes; copy: of one
-    block's weights."""
+    that had its buffer is computed. forward, backward: seconds of the passes where nothing is
+    copied; copy: of one block's weights."""
     streamed = spread(blocks, blocks - on_device)
     turns = {block: turn for turn, block in enumerate(streamed)}
     there = dict.fromkeys(range(RING), 0.0)  # turn -> when its copy is over
@@ -54,6 +63,6 @@ def streamed_seconds(
                     there[ahead] = copied
             if turn is not None:
                 computed = max(computed, there[turn])
-            computed += seconds
+            computed += seconds / blocks
             active = turn
     return computed

@@ -27,7 +27,7 @@ from qwen_lora.train.cost.choice import (
     too_small,
     usable_bytes,
 )
-from qwen_lora.train.cost.copies import measure_copies
+from qwen_lora.train.cost.copies import copy_rate, streamed_seconds
 from qwen_lora.train.cost.rates import NOMINAL, find_rates
 from qwen_lora.train.cost.shapes import (
     BucketLoad,
@@ -78,9 +78,17 @@ def estimate(
     )
     rates = find_rates(family, settings.base_precision if low else None, tflops, tflops_8bit)
     traffic = micro_batches * choice.cost.traffic
-    copies = _copy_rate(traffic, h2d)
-    # Copying and computing go on at the same time.
-    seconds = max(rates.seconds(per_step, low), traffic / copies if copies else 0.0)
+    copies = copy_rate(traffic, h2d)
+    seconds = rates.seconds(per_step, low)
+    if copies and choice.way.on_device is not None:
+        forward = choice.cost.forward_flops / choice.cost.flops * seconds / micro_batches
+        seconds = micro_batches * streamed_seconds(
+            step_model.blocks,
+            choice.way.on_device,
+            forward,
+            seconds / micro_batches - forward,
+            step_model.block_bytes / copies,
+        )
     facts: dict[str, Any] = {
         "model": model.model_id,
         "parameters": step_model.parameters,
@@ -250,15 +258,6 @@ def peaks_of(model: StepModel, shapes: Sequence[Shape], recompute: Recompute) ->
     tokens = [model.family.image_tokens(shape.latent_size) for shape in shapes]
     slope = (last - first) / (tokens[-1] - tokens[0])
     return [round(first + slope * (count - tokens[0])) for count in tokens]
-
-
-def _copy_rate(traffic: int, h2d: float | None) -> float | None:
-    """Bytes a second: as named, or measured on a GPU where something is copied."""
-    if h2d is not None:
-        return h2d * 1e9
-    if not traffic or not torch.cuda.is_available():
-        return None
-    return measure_copies(torch.device("cuda"))
 
 
 # ---- a run ---------------------------------------------------------------------------------------
