@@ -340,6 +340,10 @@ def build_loaders(
         measured,
         trainable.memory,
         in_step=settings.shard_base != "none",
+        # LoRA dropout makes other graphs of training, activations would travel for nothing.
+        compiled=settings.compile_blocks is True
+        and settings.lora_dropout == 0
+        and not settings.offload_activations,
     )
     return loader, measure
 

@@ -58,10 +58,12 @@ class Measure:
         loader: BatchLoader,
         memory: ShortMemory,
         in_step: bool = False,
+        compiled: bool = False,
     ) -> None:
-        """in_step: every rank has to run the transformer equally often."""
+        """in_step: every rank has to run the transformer equally often. compiled: passes go through
+        the graphs of training, with gradients that nobody asks for, instead of their own."""
         self.name = name  # validation_loss or fixed_train_loss
-        self._memory, self._in_step = memory, in_step
+        self._memory, self._in_step, self._compiled = memory, in_step, compiled
         self._ranks, self._table, self._loader = ranks, table, loader
         self._losses = SampleLosses(losses.transformer, losses.family, weighting="none")
 
@@ -119,7 +121,8 @@ class Measure:
                 noise=torch.from_numpy(drawn)[None],  # [1, C, h, w] float32
                 sigmas=torch.tensor([sigma], dtype=torch.float32),
             )
-            losses.append(self._losses(at_sigma.to(self._ranks.device)))
+            with torch.set_grad_enabled(self._compiled):
+                losses.append(self._losses(at_sigma.to(self._ranks.device)).detach())
         return torch.cat(losses).double().cpu()
 
     def _load(self, row: int) -> LoadedBatch:

@@ -3,10 +3,13 @@ forward in float32, each block recomputed or not."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch._dynamo
 from random_sets import MakeSettings
 
 from qwen_lora.families.qwen_image import scaled
@@ -116,3 +119,24 @@ def test_compiled_learns_the_same(run: Any, precision: str, recompute: str) -> N
     np.testing.assert_allclose(
         curve(compiled), curve(eager), rtol=1e-4 if precision == "no" else 0.05
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
+def test_a_compiled_run_makes_two_graphs(run: Any, deep_model: Path) -> None:
+    """One for the last block, one for all others, and none for measuring a loss."""
+    how = {
+        "pretrained_model_name_or_path": str(deep_model),
+        "train_batch_size": 1,
+        "max_train_steps": 4,
+        "validation_steps": 2,
+    }
+    measured = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        rows = read_metrics(run(name, compile_blocks=compiled, **how).lora.parent / "metrics.jsonl")
+        measured.append([row["fixed_train_loss"] for row in rows if "fixed_train_loss" in row])
+    assert len(measured[0]) == 3
+    np.testing.assert_allclose(measured[1], measured[0], rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
