@@ -34,19 +34,25 @@ from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.plan import BatchRule, plan_epoch
 from qwen_lora.train.table import PlanTable
-from tests.train.test_step_cost import REAL, small, step_model
+from tests.train.test_step_cost import REAL, like, small, step_model
 
 SHAPE = Shape((128, 128), (256,))
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> StepModel:
+    """The real model; see `like` for other settings."""
+    return step_model(tmp_path_factory.mktemp("real"), torch.bfloat16, REAL)
 
 
 def peak(model: StepModel, way: str) -> int:
     return model.cost(SHAPE, Recompute.parse(way)).peak
 
 
-def test_each_way_is_chosen_down_to_its_last_byte(tmp_path: Path) -> None:
+def test_each_way_is_chosen_down_to_its_last_byte(real: StepModel) -> None:
     """Of the real model at 1024 px: none, some blocks, full."""
-    model = step_model(tmp_path, torch.bfloat16, REAL, blocks_on_device="all")
+    model = like(real, blocks_on_device="all")
 
     def chosen(usable: int) -> str:
         choice = choose(model, SHAPE, usable)
@@ -147,9 +153,9 @@ def test_named_ways_are_obeyed(tmp_path: Path) -> None:
     )
 
 
-def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+def test_what_does_not_fit_says_what_would(real: StepModel, tmp_path: Path) -> None:
     """27.9 GiB in bf16 on a 24 GB card; nf4 takes 9 GiB."""
-    model = step_model(tmp_path, torch.bfloat16, REAL, blocks_on_device="all")
+    model = like(real, blocks_on_device="all")
     choice = choose(model, SHAPE, usable_bytes(24 * GIB))
     line = too_small(model, SHAPE, choice)
     assert "\n" not in line and f"{choice.missing / GIB:.2f} GiB more" in line
@@ -160,8 +166,9 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
         f"would fit: blocks_on_device: {stay} with recompute: full, {', '.join(fitting)}"
     )
     two = Shape(SHAPE.latent_size, SHAPE.text_tokens * 2)
-    usable = model.cost(SHAPE, Recompute("full")).peak
-    assert what_fits(model, two, usable)[-2:] == ["train_batch_size: 1", "images of 512 x 512 px"]
+    few = step_model(tmp_path, torch.bfloat16, small())  # quickly traced
+    usable = few.cost(SHAPE, Recompute("full")).peak
+    assert what_fits(few, two, usable)[-2:] == ["train_batch_size: 1", "images of 512 x 512 px"]
 
 
 def test_the_reserve() -> None:
@@ -170,9 +177,9 @@ def test_the_reserve() -> None:
     assert usable_bytes(80 * GIB, free=40 * GIB) == 36 * GIB
 
 
-def test_sizes_between_are_interpolated(tmp_path: Path) -> None:
+def test_sizes_between_are_interpolated(real: StepModel) -> None:
     """Of the real model; the others lie within 10 MiB of it."""
-    model = step_model(tmp_path, torch.bfloat16, REAL)
+    model = real
     shapes = [Shape((side // 8, side // 8), (256,)) for side in (512, 1024, 1328)]
     for way in ("full", "none"):
         found = peaks_of(model, shapes, Recompute(way))

@@ -1,5 +1,6 @@
 """What a step costs by shapes alone, against real passes on a CPU and closed formulas."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def step_model(
     (folder / "transformer" / "config.json").write_text(json.dumps(named))
     model = resolve_model(str(folder), ("transformer",), weights=False)
     return StepModel(model, Settings(**changes), dtype)
+
+
+def like(model: StepModel, **changes: Any) -> StepModel:
+    """The same with other ways to run it, and all that is known of it already. Not for settings
+    that change what a block computes or holds."""
+    other = copy.copy(model)
+    other.settings = Settings(**changes)
+    return other
 
 
 def small(**changes: Any) -> dict[str, Any]:

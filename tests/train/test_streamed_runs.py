@@ -12,7 +12,6 @@ from random_sets import MakeSettings
 from typer.testing import CliRunner
 
 from qwen_lora.cli import app
-from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import ForwardOptions, Recompute
 from qwen_lora.families.streaming import RING
 from qwen_lora.models import resolve_model
@@ -20,12 +19,13 @@ from qwen_lora.posix import free_memory
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.cost import settle
 from qwen_lora.train.cost.choice import GIB, RESERVE, Way, choose, too_small, usable_bytes
-from qwen_lora.train.cost.shapes import Shape
+from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
+from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.cost.trace import trace
 from qwen_lora.train.plan import BatchRule
 from qwen_lora.train.run import train
 from qwen_lora.train.table import PlanTable
-from tests.train.test_step_cost import REAL, SHAPES, RealStep, small, step_model
+from tests.train.test_step_cost import REAL, SHAPES, RealStep, like, small, step_model
 
 SHAPE = Shape((128, 128), (256,))
 
@@ -74,9 +74,15 @@ def test_what_offloading_leaves_on_the_device(tmp_path: Path, way: str) -> None:
     assert cost.activations <= without - (0 if way == "1" else 0.04 * without)
 
 
-def test_as_many_blocks_stay_as_fit(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> StepModel:
+    """The real model; see `like` for other settings."""
+    return step_model(tmp_path_factory.mktemp("real"), torch.bfloat16, REAL)
+
+
+def test_as_many_blocks_stay_as_fit(real: StepModel) -> None:
     """Of the real model at 1024 px: with one byte less there is one block less."""
-    model = step_model(tmp_path, torch.bfloat16, REAL)
+    model = real
     full = model.cost(SHAPE, Recompute("full"))
     assert choose(model, SHAPE, full.peak).way == Way(Recompute("full"))
     assert choose(model, SHAPE, full.peak - 1).way == Way(Recompute("full"), 60 - RING - 1)
@@ -91,7 +97,7 @@ def test_as_many_blocks_stay_as_fit(tmp_path: Path) -> None:
     assert choose(model, SHAPE, None).way == Way(Recompute("full"))
 
 
-def test_settings_are_obeyed(tmp_path: Path) -> None:
+def test_settings_are_obeyed(real: StepModel, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], Way]] = [
         ({"blocks_on_device": "all"}, Way(Recompute("full"))),
         ({"blocks_on_device": "60"}, Way(Recompute("full"))),
@@ -105,29 +111,26 @@ def test_settings_are_obeyed(tmp_path: Path) -> None:
         ),
         ({"own_forward": False}, Way(Recompute("full"))),
     ]  # fmt: skip
-    model = step_model(tmp_path, torch.bfloat16, REAL)
     for changes, expected in cases:
+        model = like(real, **changes)
         if "own_forward" in changes:
-            model = step_model(tmp_path, torch.bfloat16, REAL)
-        model.settings = Settings(**changes)
+            model = step_model(tmp_path, torch.bfloat16, REAL, **changes)
         assert choose(model, SHAPE, usable_bytes(24 * GIB)).way == expected, changes
     # With room, blocks that stay are not recomputed.
-    model = step_model(tmp_path, torch.bfloat16, REAL)
-    model.settings = Settings(blocks_on_device="50")
+    model = like(real, blocks_on_device="50")
     assert choose(model, SHAPE, 79 * GIB).way == Way(Recompute("some", 10), 50)
 
 
-def test_streaming_comes_before_nothing_fits(tmp_path: Path) -> None:
+def test_streaming_comes_before_nothing_fits(real: StepModel) -> None:
     """1024 px in bf16 on 8 GB: 4.2 GiB with every block streamed."""
-    model = step_model(tmp_path, torch.bfloat16, REAL)
+    model = real
     choice = choose(model, SHAPE, usable_bytes(8 * GIB))
     assert not choice.missing and choice.way.on_device == 8
-    model.settings = Settings(recompute="40")
+    model = like(real, recompute="40")
     choice = choose(model, SHAPE, usable_bytes(8 * GIB))
     assert choice.way == Way(Recompute("some", 40)) and choice.missing
-    model.settings = Settings()
-    tight = choose(model, SHAPE, 3 * GIB)
-    line = too_small(model, SHAPE, tight)
+    tight = choose(real, SHAPE, 3 * GIB)
+    line = too_small(real, SHAPE, tight)
     assert "with recompute full and 0 blocks on the device" in line
     assert "offload_activations: true" in line and "images of" in line
 
@@ -163,19 +166,21 @@ def test_a_run_says_what_is_streamed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of 1 GiB + 0.1 MiB, on a machine with room and on one without."""
+    """Of what a step with no block on the device takes, where the host has room and where not."""
     settings = make_settings(
         pretrained_model_name_or_path=str(deep_model), gradient_checkpointing=True
     )
     model = resolve_model(str(deep_model), ("transformer",))
     with ShardSet.open(train_shards) as shards:
         table = PlanTable.from_sets([shards])
-    memory = (RESERVE + (1 << 17), 8 * GIB)
+    rule = BatchRule(2, 1, 0)
+    largest = largest_load(bucket_loads(table, rule), model.family).largest(model.family)
+    planner = StepModel(model, settings, torch.float32)
+    peak = planner.cost(largest, Recompute("full"), 0).peak
+    memory = (RESERVE + peak, 8 * GIB)
     for free, warned in ((None, False), (8 * GIB, False), (1, True)):
         monkeypatch.setattr(settle, "free_memory", lambda free=free: free)
-        way = settle.settle_way(
-            settings, model, table, BatchRule(2, 1, 0), torch.device("cpu"), memory=memory
-        )
+        way = settle.settle_way(settings, model, table, rule, torch.device("cpu"), memory=memory)
         assert way == Way(Recompute("full"), 0)
         err = capsys.readouterr().err
         assert "the other blocks lie in 0.0" in err and "a micro-batch copies 0.0" in err

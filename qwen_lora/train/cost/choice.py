@@ -184,8 +184,10 @@ def what_fits(model: StepModel, shape: Shape, usable: int) -> list[str]:
         fewest = int(named)
 
     def fits(to: Shape, **changes: Any) -> bool:
-        changed = settings.model_copy(update={"gradient_checkpointing": True, **changes})
-        other = StepModel(model.model, changed, model.dtype, model.parts)
+        other = model
+        if changes:  # else what is known of this one holds
+            changed = settings.model_copy(update=changes)
+            other = StepModel(model.model, changed, model.dtype, model.parts)
         return other.cost(to, Recompute("full"), fewest).peak <= usable
 
     found = []
