@@ -139,8 +139,8 @@ def test_the_step_that_it_compares_with(run_script: Scripts) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_loading_holds_what_stays_and_less_than_a_block(tmp_path: Path) -> None:
-    """Memory of the process's own, at real widths: weights that keep their type stay in the mapped
-    file; of the others a few copies of one weight come on top. One block is 648 MiB."""
+    """Memory of the process's own, at real widths: what stays, and while loading a few copies of
+    one weight on top. One block is 648 MiB."""
     environment = os.environ | {"PYTHONPATH": f"{BENCHMARKS.parent}:{BENCHMARKS}"}
 
     def run(*command: str) -> str:
@@ -154,7 +154,8 @@ def test_loading_holds_what_stays_and_less_than_a_block(tmp_path: Path) -> None:
     make += "print(make(Path(sys.argv[1]), 24, 1300 * MIB, 500 * MIB))"
     block = int(run("-c", make, str(tmp_path)))
     in_8_bits = 2 * (block * 2 / 3 * 11 / 12) / 2  # of two blocks' weights but the modulation
-    for way, stays in (("bf16", 0), ("fp8", in_8_bits), ("int8", in_8_bits)):
+    # On a CPU weights whose place in the file is not aligned are copied out of it.
+    for way, stays in (("bf16", 1300 << 20), ("fp8", in_8_bits), ("int8", in_8_bits)):
         script = str(BENCHMARKS / "loading.py")
         found = json.loads(run(script, "--one", way, "--folder", str(tmp_path)))
         print(way, found)

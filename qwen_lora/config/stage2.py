@@ -127,8 +127,8 @@ class TrainSettings(Section):
     )
     oom_fallback: bool = setting(
         False,
-        "When a step runs out of GPU memory, do it again with more recomputed and fewer blocks on "
-        "the device, instead of ending the run.",
+        "When a step, a validation or a preview runs out of GPU memory, do it again with more "
+        "recomputed and fewer blocks on the device, instead of ending the run.",
         command="train",
         changes="nothing",
     )
