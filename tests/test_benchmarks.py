@@ -153,11 +153,10 @@ def test_loading_holds_what_stays_and_less_than_a_block(tmp_path: Path) -> None:
     make = "import sys; from loading import MIB, Path, make_checkpoint as make; "
     make += "print(make(Path(sys.argv[1]), 24, 1300 * MIB, 500 * MIB))"
     block = int(run("-c", make, str(tmp_path)))
-    in_8_bits = 2 * (block * 2 / 3 * 11 / 12) / 2  # of two blocks' weights but the modulation
-    # On a CPU weights whose place in the file is not aligned are copied out of it.
-    for way, stays in (("bf16", 1300 << 20), ("fp8", in_8_bits), ("int8", in_8_bits)):
+    # On a CPU weights that keep their type may be copied out of the file, where it is not aligned.
+    for way in ("bf16", "fp8", "int8"):
         script = str(BENCHMARKS / "loading.py")
         found = json.loads(run(script, "--one", way, "--folder", str(tmp_path)))
         print(way, found)
-        assert found["stays"] < 1.05 * stays + (150 << 20)
+        assert found["stays"] < 1.05 * found["held"] + (50 << 20)
         assert found["above"] < block / 2
