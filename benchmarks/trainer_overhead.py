@@ -53,7 +53,8 @@ class NullTransformer(torch.nn.Module):
 
 
 class Counter(TorchDispatchMode):
-    """Counts dispatched operators, and reads of a value by Python (each waits for a GPU)."""
+    """Counts dispatched operators, and reads of one value by Python. Ours reads a mask on the host;
+    a list of values is not counted, and ours reads its results so, on a GPU once an interval."""
 
     def __init__(self) -> None:
         super().__init__()

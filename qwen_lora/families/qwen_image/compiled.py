@@ -45,7 +45,7 @@ class CompiledBlock:
 
     def __init__(self, budget: float) -> None:
         # One graph serves all buckets and captions, whose token counts are symbols in it. What
-        # makes another one is listed here: the first, a middle and the last block; gradients or
+        # makes another one is listed here: the last block and all others; gradients or
         # none; a batch of one, of two, of any number.
         _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
         # Not in the system's temporary folder: the next run finds what this one has compiled. Torch

@@ -27,8 +27,8 @@ from qwen_lora.train.cost.choice import (
     too_small,
     usable_bytes,
 )
-from qwen_lora.train.cost.copies import copy_rate, streamed_seconds
-from qwen_lora.train.cost.rates import NOMINAL, find_rates
+from qwen_lora.train.cost.duration import step_time
+from qwen_lora.train.cost.rates import NOMINAL
 from qwen_lora.train.cost.shapes import (
     BucketLoad,
     Shape,
@@ -48,7 +48,6 @@ CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB, as they are sold
 MOST_STREAMED = 32  # GB, of the cards whose blocks are counted
 PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 WAYS = ("full", "selective", "none")
-MOST_BUCKETS = 12  # whose FLOPs are counted; the others are taken for these
 
 
 def estimate(
@@ -72,26 +71,7 @@ def estimate(
     shape = load.largest(family)
     usable = _usable(memory_gib)
     choice = choose(step_model, shape, usable)
-    micro_batches = settings.gradient_accumulation_steps
-    per_step, low = (
-        micro_batches * flops for flops in _mean_flops(step_model, loads, choice.recompute)
-    )
-    rates = find_rates(family, settings.base_precision if low else None, tflops, tflops_8bit)
-    traffic = micro_batches * choice.cost.traffic
-    copies = copy_rate(traffic, h2d)
-    seconds = rates.seconds(per_step, low)
-    if copies and choice.way.on_device is not None:
-        cost = choice.cost
-        share = rates.seconds(cost.forward_flops, cost.forward_low)
-        share /= rates.seconds(cost.flops, cost.low_flops)
-        forward = share * seconds / micro_batches
-        seconds = micro_batches * streamed_seconds(
-            step_model.blocks,
-            choice.way.on_device,
-            forward,
-            seconds / micro_batches - forward,
-            step_model.block_bytes / copies,
-        )
+    time = step_time(step_model, settings, loads, choice, tflops, tflops_8bit, h2d)
     facts: dict[str, Any] = {
         "model": model.model_id,
         "parameters": step_model.parameters,
@@ -115,27 +95,16 @@ def estimate(
             step_model.blocks if choice.way.on_device is None else choice.way.on_device
         ),
         "host_gib": round(choice.cost.host / GIB, 6),
-        "copied_gib_per_step": round(traffic / GIB, 6),
-        "copies_gb_per_s": None if copies is None else copies / 1e9,
-        "copies_measured": h2d is None and copies is not None,
         "usable_gib": None if usable is None else round(usable / GIB, 3),
         "missing_gib": round(choice.missing / GIB, 3),
         "memory_gib": _memory(choice.cost),
-        "flops_per_step": per_step,
-        "flops_per_step_8bit": low,
-        "rate_tflops": rates.full.flops / 1e12,
-        "rate_measured": rates.full.origin == "measured",
-        "rate_8bit_tflops": rates.low.flops / 1e12 if rates.low else None,
-        "rate_8bit_from": rates.low.origin if rates.low else None,
-        "floor_seconds_per_step": seconds,
-        "max_train_steps": settings.max_train_steps,
-        "floor_seconds": seconds * settings.max_train_steps,
+        **time.facts(settings.max_train_steps),
         "table": _table(model, settings, dtype, load, parts),
     }
     if choice.missing:
         facts["does_not_fit"] = too_small(step_model, shape, choice)
     if run is not None:
-        facts["run"] = _compare(run, seconds)
+        facts["run"] = _compare(run, time.seconds)
     return facts
 
 
@@ -186,20 +155,6 @@ def _usable(memory_gib: float | None) -> int | None:
     if torch.cuda.is_available():
         return usable_bytes(torch.cuda.mem_get_info()[1])
     return None
-
-
-def _mean_flops(
-    model: StepModel, loads: Sequence[BucketLoad], recompute: Recompute
-) -> tuple[float, float]:
-    """Of one micro-batch, over an epoch; and those of them in 8 bits."""
-    some = loads[:MOST_BUCKETS]
-    micro_batches = sum(load.visits / load.batch for load in some)
-    total = low = 0.0
-    for load in some:
-        cost = model.cost(load.average(model.family), recompute)
-        total += load.visits / load.batch * cost.flops
-        low += load.visits / load.batch * cost.low_flops
-    return total / micro_batches, low / micro_batches
 
 
 def _memory(cost: Cost) -> dict[str, float]:
