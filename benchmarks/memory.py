@@ -5,12 +5,12 @@ python benchmarks/memory.py --bases bf16 fp8:both nf4 --ways full compiled+45 --
 python benchmarks/memory.py --width 1 --blocks 3 --px 64 --text 4     a small one, on a CPU
 
 A base is a precision, with the kind of its products behind a colon. A way is what is recomputed
-(full, selective, none or a number of blocks), "compiled", "offload" for activations in host memory
-and "on40" for 40 blocks on the device, joined by "+". Random weights of Qwen-Image's shapes are
-made on the device; no model is needed. On a GPU the measured peak is what
-torch.cuda.max_memory_allocated says of forward and backward passes; on a CPU the storages of a pass
-are counted, which is slow at real sizes. What the optimizer keeps is not allocated and not in
-either column. Rows come as they are measured; the table repeats them.
+(full, selective, none or a number of blocks), "compiled", "offload" for activations in host memory,
+"stay15" for 15 blocks whose do not leave, and "on40" for 40 blocks on the device, joined by "+".
+Random weights of Qwen-Image's shapes are made on the device; no model is needed. On a GPU the
+measured peak is what torch.cuda.max_memory_allocated says of forward and backward passes; on a CPU
+the storages of a pass are counted, which is slow at real sizes. What the optimizer keeps is not
+allocated and not in either column. Rows come as they are measured; the table repeats them.
 """
 
 from __future__ import annotations
@@ -60,19 +60,21 @@ class Way:
     recompute: Recompute
     compiled: bool
     offload: bool
+    stay: int  # blocks whose activations do not leave
     on_device: int | None  # blocks
 
     @classmethod
     def parse(cls, name: str) -> Way:
         words = name.split("+")
-        resident = [int(word[2:]) for word in words if word.startswith("on")]
-        known = ("compiled", "offload")
-        kind = [word for word in words if word not in known and not word.startswith("on")]
+        resident = [int(word[2:]) for word in words if word[:2] == "on"]
+        stay = [int(word[4:]) for word in words if word[:4] == "stay"]
+        kind = [word for word in words if word.isdecimal() or word in ("full", "selective", "none")]
         return cls(
             name,
             Recompute.parse(kind[0] if kind else "full"),
             "compiled" in words,
             "offload" in words,
+            stay[0] if stay else 0,
             resident[0] if resident else None,
         )
 
@@ -169,6 +171,7 @@ def measure(
             recompute=way.recompute,
             compiled=way.compiled,
             offload_activations=way.offload,
+            activations_on_device=way.stay,
             blocks_on_device=way.on_device,
         )
         model.family.prepare_training(transformer, how)

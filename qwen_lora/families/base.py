@@ -100,6 +100,7 @@ class ForwardOptions:
     # for each use. None: as they were loaded.
     blocks_on_device: int | None = None
     offload_activations: bool = False  # what recomputed blocks keep, to host memory meanwhile
+    activations_on_device: int = 0  # blocks, spread evenly, whose activations stay all the same
 
 
 class PromptTokenizer(Protocol):

@@ -1,12 +1,15 @@
 # ruff: noqa: TID253
-"""What checkpointed blocks keep, their inputs, in host memory until the backward pass.
+"""What blocks keep for their backward pass, in host memory until then.
 
-In the forward pass a block's inputs leave for the host while it computes; in the backward pass they
-come back one block ahead. Host memory is taken once and used again.
+A checkpointed block's inputs leave for the host while it computes; what a compiled block keeps is
+there when it has computed, and leaves during the next two. In the backward pass they come back one
+block ahead. Host memory is taken once and used again.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,24 +18,28 @@ import torch
 from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
 
 LARGE = 1 << 20  # bytes; of what is smaller, copies would take longer than they are worth
+# Blocks whose tensors are on the device at a time in the forward pass: of checkpointed blocks the
+# one that runs, of compiled ones also two before it.
+CHECKPOINTED, COMPILED = 1, 3
 
 
 class ActivationOffload:
     """`keeping(block)` is around each block of a forward pass that is checkpointed or compiled."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stay: Collection[int] = ()) -> None:
+        """stay: blocks whose tensors do not leave."""
         self.device = device
+        self._stay = frozenset(stay)
         self._free: list[torch.Tensor] = []  # host buffers
         self._kept: dict[int, list[_Kept]] = {}  # by block, of the newest pass
         self._block = 0
         self._shared: frozenset[int] | None = None
-        # Tensors on their way to the host, with the event of their arrival.
-        self._leaving: list[tuple[torch.Tensor, Any]] = []
+        self._leaving: deque[list[_Kept]] = deque()  # on their way to the host, by block
         self._stream = CUDA.Stream(device) if is_gpu(device) else None
 
     def begin(self) -> None:
         """A forward pass begins; what an earlier one has left is not needed."""
-        self._forget_left()
+        self._let_go(0)
         self._kept = {}
 
     def keeping(
@@ -40,7 +47,8 @@ class ActivationOffload:
     ) -> AbstractContextManager[Any]:
         """shared, for a compiled block: the storages that are not its own (weights, rotations);
         large tensors in all others leave. None, for a checkpointed one: its two inputs do."""
-        self._forget_left()
+        self._let_go((CHECKPOINTED if shared is None else COMPILED) - 1)
+        self._leaving.append([])
         self._block, self._shared = block, shared
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
@@ -53,61 +61,65 @@ class ActivationOffload:
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not tensor.is_contiguous() or not self._leaves(tensor):
             return tensor
-        kept = _Kept(self, tensor, self._block)
+        stays = self._block in self._stay
+        kept = _Kept(self, tensor, self._block, None if stays else self.take(tensor.nbytes))
         self._kept.setdefault(self._block, []).append(kept)
-        arrived = None
+        if stays:
+            return kept
+        self._leaving[-1].append(kept)
         if self._stream is not None:
             self._stream.wait_stream(CUDA.current_stream(self.device))
             with CUDA.stream(self._stream):
                 copy(kept.host(), tensor)
-            arrived = CUDA.Event()
-            arrived.record(self._stream)
+            kept.arrived = CUDA.Event()
+            kept.arrived.record(self._stream)
         elif kept.buffer is not None:
             copy(kept.host(), tensor)
-        self._leaving.append((tensor, arrived))
         return kept
 
     def _leaves(self, tensor: torch.Tensor) -> bool:
         if self._shared is None:
             return tensor.ndim == 3  # one of the two streams of tokens
-        large = tensor.numel() * tensor.element_size() >= LARGE
-        return large and tensor.untyped_storage().data_ptr() not in self._shared
+        return tensor.nbytes >= LARGE and tensor.untyped_storage().data_ptr() not in self._shared
 
-    def _forget_left(self) -> None:
-        """Memory of what has left may be used again once it is copied: the device waits for that,
-        after the block's computing, and the host does not."""
-        for _, arrived in self._leaving:
-            if arrived is not None:
-                CUDA.current_stream(self.device).wait_event(arrived)
-        self._leaving = []
+    def _let_go(self, but: int) -> None:
+        """Memory of what has left, but of so many blocks, may be used again once it is copied: the
+        device waits for that, after the computing that is queued, and the host does not."""
+        while len(self._leaving) > but:
+            for kept in self._leaving.popleft():
+                if kept.here is None:
+                    continue  # used already
+                if kept.arrived is not None:
+                    CUDA.current_stream(self.device).wait_event(kept.arrived)
+                kept.here, kept.left = None, True
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Kept):
             return packed  # type: ignore[no-any-return]
-        self._forget_left()
         self._fetch(packed)
-        found, packed.fetched = packed.fetched, None
-        assert found is not None
-        if packed.arrived is not None:
+        if packed.left and packed.arrived is not None:
             CUDA.current_stream(self.device).wait_event(packed.arrived)
+        found, packed.here = packed.here, None
+        assert found is not None
         for kept in self._kept.get(packed.block - 1, ()):
             self._fetch(kept)
         return found
 
     def _fetch(self, kept: _Kept) -> None:
-        """Begin to bring a tensor back, if that has not begun."""
-        if kept.fetched is not None:
+        """Begin to bring a tensor back, if it is not here and that has not begun."""
+        if kept.here is not None:
             return
-        kept.fetched = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
+        assert kept.left, "used twice, and its memory was given away before it had left"
+        kept.here = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
         if self._stream is not None:
             # Its memory may be in use by what is queued.
             self._stream.wait_stream(CUDA.current_stream(self.device))
             with CUDA.stream(self._stream):
-                copy(kept.fetched, kept.host())
+                copy(kept.here, kept.host())
             kept.arrived = CUDA.Event()
             kept.arrived.record(self._stream)
         elif kept.buffer is not None:
-            copy(kept.fetched, kept.host())
+            copy(kept.here, kept.host())
 
     # ---- host memory -----------------------------------------------------------------------
 
@@ -130,14 +142,18 @@ class ActivationOffload:
 
 
 class _Kept:
-    """One tensor on the host, as autograd holds it."""
+    """One tensor as autograd holds it. buffer: its host memory; None: it stays, or nothing has
+    numbers."""
 
-    def __init__(self, offload: ActivationOffload, like: torch.Tensor, block: int) -> None:
-        self.shape, self.dtype, self.block = like.shape, like.dtype, block
-        self.size = like.numel() * like.element_size()
-        self.buffer = offload.take(self.size)
-        self.fetched: torch.Tensor | None = None  # on the device
-        self.arrived: Any = None  # the event when it is there
+    def __init__(
+        self, offload: ActivationOffload, tensor: torch.Tensor, block: int, buffer: Any
+    ) -> None:
+        self.shape, self.dtype, self.block = tensor.shape, tensor.dtype, block
+        self.size = tensor.nbytes
+        self.here: torch.Tensor | None = tensor  # on the device
+        self.left = False  # the host has it for certain
+        self.buffer: torch.Tensor | None = buffer
+        self.arrived: Any = None  # the event of its newest copy
         self._offload = offload
 
     def host(self) -> torch.Tensor:

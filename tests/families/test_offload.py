@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qwen_lora.families import offload
-from qwen_lora.families.base import ForwardOptions, Recompute
-from qwen_lora.families.offload import ActivationOffload
+from qwen_lora.families.base import ForwardOptions, Recompute, among
+from qwen_lora.families.offload import COMPILED, ActivationOffload
 from qwen_lora.train.cost.shapes import Shape
 from tests.families.late_copies import copies_are_late
 from tests.families.test_streaming import (
@@ -42,7 +42,7 @@ class Poisoning(ActivationOffload):
         return super()._unpack(packed)
 
     def _fetch(self, kept: Any) -> None:
-        if kept.fetched is None:
+        if kept.here is None:
             self.log.append(("fetched", kept.block))
         super()._fetch(kept)
 
@@ -83,10 +83,14 @@ def test_not_a_bit_differs(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
-@pytest.mark.parametrize("way", ["none", "3", "full"])
+@pytest.mark.parametrize(
+    ("way", "stay", "late"),
+    [("none", 0, False), ("3", 0, True), ("full", 0, False), ("3", 2, True)],
+)
 def test_what_compiled_blocks_keep_waits_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, stay: int, late: bool
 ) -> None:
+    """late: with copies that come as late as they may."""
     monkeypatch.setattr(offload, "LARGE", 1024)  # the tiny model's tensors are small
     torch._dynamo.reset()  # the other ways' graphs count towards the limit, past which none is used
 
@@ -95,14 +99,21 @@ def test_what_compiled_blocks_keep_waits_too(
         step.shape = Shape(step.shape.latent_size, (3, 3))
         step.texts = [text[:3] for text in step.texts]
         how = ForwardOptions(
-            recompute=Recompute.parse(way), compiled=True, offload_activations=offloaded
+            recompute=Recompute.parse(way),
+            compiled=True,
+            offload_activations=offloaded,
+            activations_on_device=stay,
         )
         step.family.prepare_training(step.transformer, how)
         return trained(step, steps=2)
 
-    check_equal(compiled(tmp_path / "b", True), compiled(tmp_path / "a", False))
+    expected = compiled(tmp_path / "a", False)
+    copies = copies_are_late(monkeypatch) if late else None
+    check_equal(compiled(tmp_path / "b", True), expected)
     fetched = {block for entry, block in Poisoning.log if entry == "fetched"}
-    assert fetched == (set() if way == "none" else set(range(BLOCKS)))
+    leaving = {block for block in range(BLOCKS - COMPILED) if not among(block, stay, BLOCKS)}
+    assert fetched == (set() if way == "none" else leaving)
+    assert copies is None or copies.late
 
 
 def test_copies_that_come_as_late_as_they_may(
@@ -112,18 +123,20 @@ def test_copies_that_come_as_late_as_they_may(
     expected = trained(step_of(tmp_path / "a", None), steps=2)
     late = copies_are_late(monkeypatch)
     check_equal(trained(step_of(tmp_path / "b", None, offload=True), steps=2), expected)
-    assert late.late == 2 * 2 * 2 * BLOCKS
+    assert late.late == 2 * 2 * 2 * (BLOCKS - 1)
 
 
 def test_one_block_ahead_and_each_tensor_once(tmp_path: Path) -> None:
-    """Two tensors a block, image and text; the last block's neighbour comes while it computes."""
+    """Two tensors a block, image and text; the last block's stay, its neighbour's come while it
+    computes."""
     step = step_of(tmp_path, None, offload=True)
     losses = step.losses()
     assert not Poisoning.log
     losses.sum().backward()
     log = Poisoning.log
     for block in reversed(range(BLOCKS)):
-        assert log.count(("fetched", block)) == log.count(("used", block)) == 2
+        assert log.count(("used", block)) == 2
+        assert log.count(("fetched", block)) == (2 if block < BLOCKS - 1 else 0)
         if block:
             assert log.index(("fetched", block - 1)) < log.index(("used", block - 1))
             after = [n for n, entry in enumerate(log) if entry == ("used", block)]
@@ -134,7 +147,7 @@ def test_host_memory_is_used_again(tmp_path: Path) -> None:
     """Over steps, sizes and passes that end early."""
     step = step_of(tmp_path, None, offload=True)
     host = step.transformer.own_forward.offload
-    expected = BLOCKS * (sum(step.shape.text_tokens) + 2 * 24) * 48 * 2  # bytes
+    expected = (BLOCKS - 1) * (sum(step.shape.text_tokens) + 2 * 24) * 48 * 2  # bytes
 
     def held() -> int:
         step.losses().sum().backward()

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from qwen_lora.families.base import ForwardOptions
+from qwen_lora.families.base import ForwardOptions, among
 from qwen_lora.families.modules import ADAPTER
-from qwen_lora.families.offload import ActivationOffload
+from qwen_lora.families.offload import CHECKPOINTED, COMPILED, ActivationOffload
 from qwen_lora.families.qwen_image.blocks import (
     Lengths,
     Pair,
@@ -53,7 +53,10 @@ class OwnForward:
         self._weights: frozenset[int] = frozenset()  # their storages
         self._shared: frozenset[int] = frozenset()  # and those of the rotations
         if options.offload_activations:
-            self.offload = ActivationOffload(transformer.img_in.weight.device)
+            self.offload = ActivationOffload(
+                transformer.img_in.weight.device,
+                _staying(len(transformer.transformer_blocks), options),
+            )
             if not self.sharded:  # spread weights have none, and are not asked for
                 self._weights = _storages((*transformer.parameters(), *transformer.buffers()))
         loras = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
@@ -167,6 +170,14 @@ def _recomputed(run: Block, how: OwnForward) -> Block:
             create_selective_checkpoint_contexts, _keep_products(how.lora_ranks)
         )
     return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=how.draws, **context)
+
+
+def _staying(blocks: int, options: ForwardOptions) -> set[int]:
+    """Blocks whose activations stay on the device: some evenly, and the last ones, whose would not
+    have left when the backward pass wants them back."""
+    last = COMPILED if options.compiled else CHECKPOINTED
+    some = {block for block in range(blocks) if among(block, options.activations_on_device, blocks)}
+    return some | set(range(blocks - last, blocks))
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:

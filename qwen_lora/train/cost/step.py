@@ -15,6 +15,7 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.families.offload import COMPILED
 from qwen_lora.families.streaming import RING
 from qwen_lora.models import ModelFolder
 from qwen_lora.train.cost.shapes import Shape
@@ -201,9 +202,8 @@ class StepModel:
                         shape.batch,
                         budget,
                     )
-            # Those in host memory: one block's stay until they have left, or come ahead of use.
             leaves = self.settings.offload_activations and recompute.kind != "none"
-            held = 2 if leaves else self.blocks
+            held = min(COMPILED, self.blocks) if leaves else self.blocks
             kept += held * self._kept[key]
         found = none.plus(full, none, 1 - budget)
         return replace(found, kept=kept, peak=kept + full.peak - full.kept)
