@@ -9,8 +9,8 @@ block ahead. Host memory is taken once and used again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,51 +30,46 @@ class ActivationOffload:
         """stay: blocks whose tensors do not leave."""
         self.device = device
         self._stay = frozenset(stay)
-        self._free: list[torch.Tensor] = []  # host buffers
-        self._kept: dict[int, list[_Kept]] = {}  # by block, of the newest pass
-        self._block = 0
+        self._free: dict[int, list[torch.Tensor]] = {}  # host buffers by their size
+        self._blocks: dict[int, _Block] = {}  # of the newest pass
+        self._leaving: deque[_Block] = deque()  # on their way to the host
+        self._now = _Block(0)
         self._shared: frozenset[int] | None = None
-        self._leaving: deque[list[_Kept]] = deque()  # on their way to the host, by block
         self._stream = CUDA.Stream(device) if is_gpu(device) else None
 
     def begin(self) -> None:
         """A forward pass begins; what an earlier one has left is not needed."""
         self._let_go(0)
-        self._kept = {}
+        for block in self._blocks.values():
+            block.kept.clear()  # each refers to its block
+        self._blocks = {}
 
-    def keeping(
-        self, block: int, shared: frozenset[int] | None = None
-    ) -> AbstractContextManager[Any]:
+    @contextmanager
+    def keeping(self, block: int, shared: frozenset[int] | None = None) -> Iterator[None]:
         """shared, for a compiled block: the storages that are not its own (weights, rotations);
         large tensors in all others leave. None, for a checkpointed one: its two inputs do."""
         self._let_go((CHECKPOINTED if shared is None else COMPILED) - 1)
-        self._leaving.append([])
-        self._block, self._shared = block, shared
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._now = self._blocks[block] = _Block(block, stays=block in self._stay)
+        self._shared = shared
+        there = None if self._stream is None else CUDA.Event()
+        if there is not None:
+            there.record(CUDA.current_stream(self.device))  # a checkpointed block's inputs
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        if not self._now.stays:
+            self._send(self._now, there)
 
     @property
     def free_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in self._free)
+        return sum(size * len(buffers) for size, buffers in self._free.items())
 
     # ---- to the host and back --------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not tensor.is_contiguous() or not self._leaves(tensor):
             return tensor
-        stays = self._block in self._stay
-        kept = _Kept(self, tensor, self._block, None if stays else self.take(tensor.nbytes))
-        self._kept.setdefault(self._block, []).append(kept)
-        if stays:
-            return kept
-        self._leaving[-1].append(kept)
-        if self._stream is not None:
-            self._stream.wait_stream(CUDA.current_stream(self.device))
-            with CUDA.stream(self._stream):
-                copy(kept.host(), tensor)
-            kept.arrived = CUDA.Event()
-            kept.arrived.record(self._stream)
-        elif kept.buffer is not None:
-            copy(kept.host(), tensor)
+        kept = _Kept(self, tensor, self._now)
+        self._now.kept.append(kept)
         return kept
 
     def _leaves(self, tensor: torch.Tensor) -> bool:
@@ -82,44 +77,68 @@ class ActivationOffload:
             return tensor.ndim == 3  # one of the two streams of tokens
         return tensor.nbytes >= LARGE and tensor.untyped_storage().data_ptr() not in self._shared
 
+    def _send(self, block: _Block, there: Any) -> None:
+        """To the host: a checkpointed block's as soon as it begins, a compiled one's at its end."""
+        if self._stream is not None:
+            if self._shared is None:
+                self._stream.wait_event(there)
+            else:
+                self._stream.wait_stream(CUDA.current_stream(self.device))
+        self._copy(block, home=False)
+        self._leaving.append(block)
+
     def _let_go(self, but: int) -> None:
         """Memory of what has left, but of so many blocks, may be used again once it is copied: the
         device waits for that, after the computing that is queued, and the host does not."""
         while len(self._leaving) > but:
-            for kept in self._leaving.popleft():
-                if kept.here is None:
-                    continue  # used already
-                if kept.arrived is not None:
-                    CUDA.current_stream(self.device).wait_event(kept.arrived)
-                kept.here, kept.left = None, True
+            block = self._leaving.popleft()
+            if block.arrived is not None:
+                CUDA.current_stream(self.device).wait_event(block.arrived)
+            block.left = True
+            for kept in block.kept:
+                kept.here = None
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Kept):
             return packed  # type: ignore[no-any-return]
-        self._fetch(packed)
-        if packed.left and packed.arrived is not None:
-            CUDA.current_stream(self.device).wait_event(packed.arrived)
+        block = packed.block
+        self._fetch(block)
+        if block.coming:
+            block.coming = False
+            if block.arrived is not None:
+                CUDA.current_stream(self.device).wait_event(block.arrived)
         found, packed.here = packed.here, None
-        assert found is not None
-        for kept in self._kept.get(packed.block - 1, ()):
-            self._fetch(kept)
+        assert found is not None, "used twice, and its memory was given away"
+        if (ahead := self._blocks.get(block.index - 1)) is not None:
+            self._fetch(ahead)
         return found
 
-    def _fetch(self, kept: _Kept) -> None:
-        """Begin to bring a tensor back, if it is not here and that has not begun."""
-        if kept.here is not None:
+    def _fetch(self, block: _Block) -> None:
+        """Begin to bring a block's tensors back, if they have left and that has not begun."""
+        if not block.left:
             return
-        assert kept.left, "used twice, and its memory was given away before it had left"
-        kept.here = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
+        block.left, block.coming = False, True
+        for kept in block.kept:
+            kept.here = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
         if self._stream is not None:
-            # Its memory may be in use by what is queued.
+            # Their memory may be in use by what is queued.
             self._stream.wait_stream(CUDA.current_stream(self.device))
-            with CUDA.stream(self._stream):
-                copy(kept.here, kept.host())
-            kept.arrived = CUDA.Event()
-            kept.arrived.record(self._stream)
-        elif kept.buffer is not None:
-            copy(kept.here, kept.host())
+        self._copy(block, home=True)
+
+    def _copy(self, block: _Block, home: bool) -> None:
+        """home: to the device."""
+
+        def each() -> None:
+            for kept in block.kept:
+                if kept.here is not None and (host := kept.host()) is not None:
+                    copy(*((kept.here, host) if home else (host, kept.here)))
+
+        if self._stream is None:
+            return each()
+        with CUDA.stream(self._stream):
+            each()
+            block.arrived = CUDA.Event()
+            block.arrived.record(self._stream)
 
     # ---- host memory -----------------------------------------------------------------------
 
@@ -128,36 +147,43 @@ class ActivationOffload:
         None on the meta device, where nothing has numbers."""
         if self.device.type == "meta":
             return None
-        self._free.sort(key=len)
-        for number, buffer in enumerate(self._free):
-            if len(buffer) >= size:
-                return self._free.pop(number)
-        if self._free:
-            self._free.pop()
+        sizes = [known for known, buffers in self._free.items() if buffers]
+        large = [known for known in sizes if known >= size]
+        if large:
+            return self._free[min(large)].pop()
+        if sizes:
+            self._free[max(sizes)].pop()
         return host_buffer(size, self.device)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Copies into it queue up in one stream behind those out of it."""
-        self._free.append(buffer)
+        self._free.setdefault(len(buffer), []).append(buffer)
+
+
+class _Block:
+    """What one block keeps."""
+
+    def __init__(self, index: int, stays: bool = False) -> None:
+        self.index, self.stays = index, stays
+        self.kept: list[_Kept] = []
+        self.left = False  # the host has it for certain, the device no longer
+        self.coming = False  # back, and not waited for
+        self.arrived: Any = None  # the event of its newest copies
 
 
 class _Kept:
-    """One tensor as autograd holds it. buffer: its host memory; None: it stays, or nothing has
-    numbers."""
+    """One tensor as autograd holds it."""
 
-    def __init__(
-        self, offload: ActivationOffload, tensor: torch.Tensor, block: int, buffer: Any
-    ) -> None:
+    def __init__(self, offload: ActivationOffload, tensor: torch.Tensor, block: _Block) -> None:
         self.shape, self.dtype, self.block = tensor.shape, tensor.dtype, block
         self.size = tensor.nbytes
         self.here: torch.Tensor | None = tensor  # on the device
-        self.left = False  # the host has it for certain
-        self.buffer: torch.Tensor | None = buffer
-        self.arrived: Any = None  # the event of its newest copy
+        self.buffer = None if block.stays else offload.take(self.size)
         self._offload = offload
 
-    def host(self) -> torch.Tensor:
-        assert self.buffer is not None
+    def host(self) -> torch.Tensor | None:
+        if self.buffer is None:
+            return None
         return self.buffer[: self.size].view(self.dtype).view(self.shape)
 
     def __del__(self) -> None:
