@@ -197,7 +197,7 @@ def one(
     gc.collect()
     torch.cuda.empty_cache()
     found, seconds = passes.measure()
-    cost = model.cost(shape, way.recompute, way.on_device)
+    cost = model.cost(shape, way.recompute, way.on_device, way.stay)
     # The meta device has not run the loop's optimizer, and neither has this.
     predicted = cost.peak - cost.lora + 8 * model.lora_parameters
     known = "" if found is None else f"{100 * (predicted / found - 1):+.1f} %"

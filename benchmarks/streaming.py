@@ -108,7 +108,7 @@ class Measured:
         parameters = [p for p in passes.transformer.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         losses = passes.losses()
         losses.sum().backward()
         torch.use_deterministic_algorithms(False)

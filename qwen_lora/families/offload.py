@@ -58,6 +58,7 @@ class ActivationOffload:
             yield
         if not self._now.stays:
             self._send(self._now, there)
+        self._leaving.append(self._now)
 
     @property
     def free_bytes(self) -> int:
@@ -66,7 +67,7 @@ class ActivationOffload:
     # ---- to the host and back --------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if not tensor.is_contiguous() or not self._leaves(tensor):
+        if not self._leaves(tensor) or not _dense(tensor):
             return tensor
         kept = _Kept(self, tensor, self._now)
         self._now.kept.append(kept)
@@ -85,13 +86,14 @@ class ActivationOffload:
             else:
                 self._stream.wait_stream(CUDA.current_stream(self.device))
         self._copy(block, home=False)
-        self._leaving.append(block)
 
     def _let_go(self, but: int) -> None:
         """Memory of what has left, but of so many blocks, may be used again once it is copied: the
         device waits for that, after the computing that is queued, and the host does not."""
         while len(self._leaving) > but:
             block = self._leaving.popleft()
+            if block.stays:
+                continue
             if block.arrived is not None:
                 CUDA.current_stream(self.device).wait_event(block.arrived)
             block.left = True
@@ -119,7 +121,9 @@ class ActivationOffload:
             return
         block.left, block.coming = False, True
         for kept in block.kept:
-            kept.here = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
+            kept.here = torch.empty_strided(
+                kept.shape, kept.stride, dtype=kept.dtype, device=self.device
+            )
         if self._stream is not None:
             # Their memory may be in use by what is queued.
             self._stream.wait_stream(CUDA.current_stream(self.device))
@@ -175,7 +179,8 @@ class _Kept:
     """One tensor as autograd holds it."""
 
     def __init__(self, offload: ActivationOffload, tensor: torch.Tensor, block: _Block) -> None:
-        self.shape, self.dtype, self.block = tensor.shape, tensor.dtype, block
+        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.block = block
         self.size = tensor.nbytes
         self.here: torch.Tensor | None = tensor  # on the device
         self.buffer = None if block.stays else offload.take(self.size)
@@ -184,8 +189,18 @@ class _Kept:
     def host(self) -> torch.Tensor | None:
         if self.buffer is None:
             return None
-        return self.buffer[: self.size].view(self.dtype).view(self.shape)
+        return self.buffer[: self.size].view(self.dtype).as_strided(self.shape, self.stride)
 
     def __del__(self) -> None:
         if self.buffer is not None:
             self._offload.give_back(self.buffer)
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether its numbers fill its memory without gaps, in whatever order: heads before tokens."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

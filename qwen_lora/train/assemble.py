@@ -224,7 +224,9 @@ def build_trainable(
     )
     spec = LoraSpec.from_settings(settings)
     parameters = add_lora(transformer, spec, model.family, settings.seed)
-    model.family.prepare_training(transformer, forward_options(settings, way.recompute))
+    model.family.prepare_training(
+        transformer, forward_options(settings, way.recompute, stay=way.stay)
+    )
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")

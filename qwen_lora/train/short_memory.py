@@ -64,7 +64,7 @@ class ShortMemory:
         """One line: what did not fit, and the settings that would."""
         shape = shape_of(batch)
         model = StepModel(self._model, self._settings, self._dtype, self._parts)
-        peak = model.cost(shape, self.way.recompute, self.way.on_device).peak
+        peak = choice_of(model, shape, self.way, None).cost.peak
         found = []
         if (choice := self._next(shape)) is not None:
             found.append(self._as_settings(choice.way))
@@ -155,13 +155,13 @@ class ShortMemory:
             file=sys.stderr,
         )
         self.way = way
-        options = forward_options(self._settings, way.recompute, way.on_device)
+        options = forward_options(self._settings, way.recompute, way.on_device, way.stay)
         self._model.family.prepare_training(self._transformer, options)
 
     def _next(self, shape: Shape) -> Choice | None:
         """The best way that takes less than the one that did not fit."""
         model = self._free_planner
-        now = model.cost(shape, self.way.recompute, self.way.on_device).peak
+        now = choice_of(model, shape, self.way, None).cost.peak
         limit = int(LESS * now)
         choice = choose(model, shape, limit)
         if (held := self.way.on_device) is not None:  # streamed blocks stay streamed

@@ -97,7 +97,7 @@ def load_base(
 
 
 def forward_options(
-    settings: Settings, recompute: Recompute, blocks_on_device: int | None = None
+    settings: Settings, recompute: Recompute, blocks_on_device: int | None = None, stay: int = 0
 ) -> ForwardOptions:
     """How the transformer is to run; the others: what `train.cost.choice` made of the settings."""
     return ForwardOptions(
@@ -106,6 +106,7 @@ def forward_options(
         compiled=settings.compile_blocks is True,
         blocks_on_device=blocks_on_device,
         offload_activations=settings.offload_activations,
+        activations_on_device=stay,
     )
 
 

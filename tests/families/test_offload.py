@@ -111,7 +111,8 @@ def test_what_compiled_blocks_keep_waits_too(
     copies = copies_are_late(monkeypatch) if late else None
     check_equal(compiled(tmp_path / "b", True), expected)
     fetched = {block for entry, block in Poisoning.log if entry == "fetched"}
-    leaving = {block for block in range(BLOCKS - COMPILED) if not among(block, stay, BLOCKS)}
+    others = BLOCKS - COMPILED
+    leaving = {block for block in range(others) if not among(block, stay, others)}
     assert fetched == (set() if way == "none" else leaving)
     assert copies is None or copies.late
 

@@ -21,14 +21,17 @@ from qwen_lora.train.compiling import compiler_works, settle_compile
 from qwen_lora.train.cost.choice import (
     GIB,
     RESERVE,
+    Pace,
     Way,
     blocks_that_fit,
+    choice_of,
     choose,
     too_small,
     usable_bytes,
     what_fits,
 )
 from qwen_lora.train.cost.estimate import format_estimate, peaks_of
+from qwen_lora.train.cost.rates import Rate, Rates
 from qwen_lora.train.cost.settle import settle_way
 from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
@@ -48,6 +51,31 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> StepModel:
 
 def peak(model: StepModel, way: str) -> int:
     return model.cost(SHAPE, Recompute.parse(way)).peak
+
+
+@pytest.mark.filterwarnings("ignore")  # many, inside torch.compile
+def test_what_is_offloaded_is_worth_its_copies(tmp_path: Path) -> None:
+    """Of compiled blocks at 1024 px on 32 GB: the faster the copies, the more is kept; as many
+    blocks' activations as fit stay; without a pace nothing but what full recomputation keeps."""
+    changes = {"offload_activations": True, "compile_blocks": True, "blocks_on_device": "all"}
+    model = step_model(tmp_path, torch.bfloat16, REAL, **changes)
+    usable, rates = usable_bytes(32 * GIB), Rates(Rate(750e12, "given"), None)
+    chosen = [
+        choose(model, SHAPE, usable, Pace(rates, copies)) for copies in (1e9, 12e9, 25e9, 55e9)
+    ]
+    assert not any(choice.missing for choice in chosen)
+    kept = [choice.recompute.budget(model.blocks) for choice in chosen]
+    assert kept == sorted(kept) and kept[0] < kept[-1] and kept[-1] >= 0.4
+    for choice in chosen:
+        more = dataclasses.replace(choice.way, stay=choice.way.stay + 1)
+        assert choice.way.stay == 57 or choice_of(model, SHAPE, more, usable).missing
+        pace = Pace(rates, 55e9)
+        assert pace.seconds(model, SHAPE, choice) >= pace.seconds(model, SHAPE, chosen[-1])
+    slow = chosen[0]
+    assert slow.cost.offloaded == (60 - 3 - slow.way.stay) * (
+        model.compiled_bytes(SHAPE, slow.recompute) + model.input_bytes(SHAPE)
+    )
+    assert str(choose(model, SHAPE, usable).recompute) == "full"
 
 
 def test_each_way_is_chosen_down_to_its_last_byte(real: StepModel) -> None:

@@ -173,11 +173,12 @@ def _recomputed(run: Block, how: OwnForward) -> Block:
 
 
 def _staying(blocks: int, options: ForwardOptions) -> set[int]:
-    """Blocks whose activations stay on the device: some evenly, and the last ones, whose would not
-    have left when the backward pass wants them back."""
-    last = COMPILED if options.compiled else CHECKPOINTED
-    some = {block for block in range(blocks) if among(block, options.activations_on_device, blocks)}
-    return some | set(range(blocks - last, blocks))
+    """Blocks whose activations stay on the device: the last ones, whose would not have left when
+    the backward pass wants them back, and some of the others."""
+    others = max(0, blocks - (COMPILED if options.compiled else CHECKPOINTED))
+    chosen = min(options.activations_on_device, others)
+    some = {block for block in range(others) if among(block, chosen, others)}
+    return some | set(range(others, blocks))
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:

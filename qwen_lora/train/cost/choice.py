@@ -9,7 +9,10 @@ from typing import Any
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
+from qwen_lora.families.offload import COMPILED
 from qwen_lora.families.streaming import RING
+from qwen_lora.train.cost.copies import offloaded_seconds
+from qwen_lora.train.cost.rates import Rates
 from qwen_lora.train.cost.shapes import Shape, latent_size
 from qwen_lora.train.cost.step import Cost, StepModel
 
@@ -19,6 +22,7 @@ SIDES = (512, 768, 1024, 1328)  # px, of the images that are offered
 # Kept free for what is not counted: the driver's context, the libraries' workspaces, gaps between
 # blocks of memory.
 RESERVE, RESERVE_SHARE = GIB, 0.05
+USUAL_SHARE = 0.75  # of the rate of products: what compiled steps reached on an H200
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,41 @@ class Way:
 
     recompute: Recompute
     on_device: int | None = None  # blocks, while the others are streamed; None: all stay
+    # Where compiled blocks' activations are offloaded: blocks whose stay, besides the last ones.
+    stay: int = 0
 
     def __str__(self) -> str:
-        if self.on_device is None:
-            return f"recompute {self.recompute}"
-        return f"recompute {self.recompute} and {self.on_device} blocks on the device"
+        parts = [f"recompute {self.recompute}"]
+        if self.on_device is not None:
+            parts.append(f"{self.on_device} blocks on the device")
+        if self.stay:
+            parts.append(f"the activations of {self.stay} blocks not offloaded")
+        return " and ".join(parts)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine is."""
+
+    rates: Rates
+    copies: float | None  # bytes a second between host and device
+
+    def seconds(self, model: StepModel, shape: Shape, choice: Choice) -> float:
+        """Of a forward and backward pass, at a usual share of the rates of products."""
+        cost = choice.cost
+        forward = self.rates.seconds(cost.forward_flops, cost.forward_low) / USUAL_SHARE
+        backward = self.rates.seconds(cost.backward_flops, cost.backward_low) / USUAL_SHARE
+        if not cost.offloaded or self.copies is None:
+            return forward + backward
+        return waiting_seconds(model, shape, choice.way, forward, backward, self.copies)
+
+
+def waiting_seconds(
+    model: StepModel, shape: Shape, way: Way, forward: float, backward: float, copies: float
+) -> float:
+    """Of the passes where compiled blocks' activations are offloaded; copies: bytes a second."""
+    each = model.compiled_bytes(shape, way.recompute) + model.input_bytes(shape)
+    return offloaded_seconds(model.blocks, way.stay, forward, backward, each / copies)
 
 
 @dataclass(frozen=True)
@@ -74,10 +108,11 @@ def fixed_way(settings: Settings, blocks: int) -> Way | None:
     return Way(recompute) if recompute is not None else None
 
 
-def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
-    """The way with the fewest FLOPs whose peak fits `usable` bytes with all blocks on the device;
-    if none does, full recomputation with as many of them there as fit. Settings that name a way are
-    obeyed. Where no limit is known, full with all of them."""
+def choose(model: StepModel, shape: Shape, usable: int | None, pace: Pace | None = None) -> Choice:
+    """The way that takes the least time (if no pace is known: the fewest FLOPs) of those whose peak
+    fits `usable` bytes with all blocks on the device; if none fits, full recomputation with as many
+    of them there as fit. Settings that name a way are obeyed. Where no limit is known, full with
+    all of them."""
     settings = model.settings
     if usable is None:
         return choice_of(
@@ -91,17 +126,29 @@ def choose(model: StepModel, shape: Shape, usable: int | None) -> Choice:
         choices = [
             choice_of(model, shape, Way(way, model.blocks - streamed), usable) for way in ways
         ]
-    elif fixed is not None:
-        choices = [choice_of(model, shape, Way(fixed), usable)]
     else:
-        choices = [choice_of(model, shape, Way(way), usable) for way in _ways(model, shape, usable)]
+        known = pace is not None and pace.copies is not None
+        ways = [fixed] if fixed is not None else list(_ways(model, shape, usable, known))
+        choices = [_most_staying(model, shape, way, usable) for way in ways]
     fitting = [choice for choice in choices if not choice.missing]
-    if fitting:  # the first of several with as many FLOPs
-        return min(fitting, key=lambda choice: choice.cost.flops)
+    if fitting:  # the first of several that take as long
+        if pace is None:
+            return min(fitting, key=lambda choice: choice.cost.flops)
+        return min(fitting, key=lambda choice: pace.seconds(model, shape, choice))
     can_stream = settings.blocks_on_device == AUTO and settings.own_forward and model.parts == 1
     if can_stream and choices[-1].recompute.kind in ("full", "selective"):
         return most_on_device(model, shape, choices[-1].recompute, usable)
     return choices[-1]
+
+
+def _most_staying(model: StepModel, shape: Shape, recompute: Recompute, usable: int) -> Choice:
+    """Where compiled blocks' activations are offloaded, as many stay as fit: the fewest copies."""
+    least = choice_of(model, shape, Way(recompute), usable)
+    if not model.stays(shape, recompute) or least.missing:
+        return least
+    each = model.compiled_bytes(shape, recompute) + model.input_bytes(shape)
+    stay = min(max(0, model.blocks - COMPILED), (usable - least.cost.peak) // each)
+    return choice_of(model, shape, Way(recompute, stay=stay), usable)
 
 
 def most_on_device(model: StepModel, shape: Shape, recompute: Recompute, usable: int) -> Choice:
@@ -123,7 +170,7 @@ def blocks_that_fit(model: StepModel, peak: int, usable: int) -> int | None:
 
 
 def choice_of(model: StepModel, shape: Shape, way: Way, usable: int | None) -> Choice:
-    return Choice(way, model.cost(shape, way.recompute, way.on_device), usable)
+    return Choice(way, model.cost(shape, way.recompute, way.on_device, way.stay), usable)
 
 
 def _streamed(settings: Settings, blocks: int) -> int:
@@ -139,24 +186,27 @@ def with_streaming(recompute: Recompute | None, streamed: int) -> Recompute:
     return Recompute("some", streamed) if recompute.kind == "none" else recompute
 
 
-def _ways(model: StepModel, shape: Shape, usable: int) -> Iterator[Recompute]:
+def _ways(model: StepModel, shape: Shape, usable: int, copies_known: bool) -> Iterator[Recompute]:
     # Not selective: on an H200 it took longer than recomputing whole blocks (docs/speed.md).
     yield Recompute("none")
-    for blocks in _counts(model):
+    for blocks in _counts(model, copies_known):
         some = Recompute("some", blocks)
         if model.cost(shape, some).peak <= usable:
             yield some
-            break
+            if not model.stays(shape, some):
+                break  # those that recompute more take longer
     yield Recompute("full")
 
 
-def _counts(model: StepModel) -> list[int]:
+def _counts(model: StepModel, copies_known: bool) -> list[int]:
     """Numbers of recomputed blocks that are tried. Compiled blocks have few memory budgets: each
     takes its time to compile."""
     if model.settings.compile_blocks is not True:
         return list(range(1, model.blocks))
     if model.settings.offload_activations:
-        return []  # all that a budget keeps is copied, and may take longer than computing it
+        if not copies_known:
+            return []  # to copy what a budget keeps may take longer than computing it
+        return sorted({round(share * model.blocks) for share in (0.5, 0.6, 0.75, 0.9)})
     found = {round(share * model.blocks) for share in (0.5, 0.75, 0.9)}
     return sorted(found - {0, model.blocks})
 

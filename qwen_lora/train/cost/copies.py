@@ -7,7 +7,9 @@ import time
 
 import torch
 
+from qwen_lora.families.base import among
 from qwen_lora.families.host_memory import host_buffer
+from qwen_lora.families.offload import COMPILED
 from qwen_lora.families.streaming import RING, spread
 
 SIZE = 1 << 28  # bytes of one copy
@@ -65,4 +67,31 @@ def streamed_seconds(
                 computed = max(computed, there[turn])
             computed += seconds / blocks
             active = turn
+    return computed
+
+
+def offloaded_seconds(
+    blocks: int, stay: int, forward: float, backward: float, copy: float
+) -> float:
+    """Of a forward and a backward pass in which compiled blocks' activations wait in host memory,
+    but those of `stay` blocks and of the last ones. As `ActivationOffload` has it a block begins
+    when those of the third block before it have left; in the backward pass they come back one
+    block ahead. forward, backward: seconds where nothing is copied; copy: of one block's."""
+    others = max(0, blocks - COMPILED)
+    stay = min(stay, others)
+    leaves = [index < others and not among(index, stay, others) for index in range(blocks)]
+    left = [0.0] * blocks
+    computed = copied = 0.0
+    for block in range(blocks):
+        if block >= COMPILED and leaves[block - COMPILED]:
+            computed = max(computed, left[block - COMPILED])
+        computed += forward / blocks
+        if leaves[block]:
+            copied = left[block] = max(copied, computed) + copy
+    there = [0.0] * blocks
+    for block in reversed(range(blocks)):
+        computed = max(computed, there[block])
+        if block and leaves[block - 1]:
+            copied = there[block - 1] = max(copied, computed) + copy
+        computed += backward / blocks
     return computed

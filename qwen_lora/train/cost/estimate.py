@@ -27,7 +27,7 @@ from qwen_lora.train.cost.choice import (
     too_small,
     usable_bytes,
 )
-from qwen_lora.train.cost.duration import step_time
+from qwen_lora.train.cost.duration import find_pace, step_time
 from qwen_lora.train.cost.rates import NOMINAL
 from qwen_lora.train.cost.shapes import (
     BucketLoad,
@@ -70,8 +70,9 @@ def estimate(
     load = largest_load(loads, family)
     shape = load.largest(family)
     usable = _usable(memory_gib)
-    choice = choose(step_model, shape, usable)
-    time = step_time(step_model, settings, loads, choice, tflops, tflops_8bit, h2d)
+    pace = find_pace(step_model, shape, tflops, tflops_8bit, h2d)
+    choice = choose(step_model, shape, usable, pace)
+    time = step_time(step_model, settings, loads, shape, choice, tflops, tflops_8bit, h2d)
     facts: dict[str, Any] = {
         "model": model.model_id,
         "parameters": step_model.parameters,
@@ -94,6 +95,7 @@ def estimate(
         "blocks_on_device": (
             step_model.blocks if choice.way.on_device is None else choice.way.on_device
         ),
+        "activations_on_device": choice.way.stay,
         "host_gib": round(choice.cost.host / GIB, 6),
         "usable_gib": None if usable is None else round(usable / GIB, 3),
         "missing_gib": round(choice.missing / GIB, 3),
@@ -263,15 +265,21 @@ def format_estimate(facts: dict[str, Any]) -> str:
         _step_line(facts),
         f"{facts['max_train_steps']} steps: at least {_duration(facts['floor_seconds'])}",
     ]
+    rate = facts["copies_gb_per_s"]
+    how = "measured here" if facts["copies_measured"] else "as given"
+    at = f" at {rate:.3g} GB/s ({how})" if rate else " (--h2d tells how fast)"
+    if facts["offloaded_gib_per_step"]:
+        lines.insert(
+            -2,
+            f"activations: a step copies {_size(facts['offloaded_gib_per_step'])} to host memory "
+            f"and back{at}; those of {facts['activations_on_device']} blocks and of the last stay",
+        )
     if facts["blocks_on_device"] < facts["blocks"]:
-        rate = facts["copies_gb_per_s"]
-        how = "measured here" if facts["copies_measured"] else "as given"
         lines.insert(
             -2,
             f"{facts['blocks_on_device']} of {facts['blocks']} blocks stay on the device, the "
             f"others lie in {_size(facts['host_gib'])} of host memory; a step copies "
-            f"{_size(facts['copied_gib_per_step'])}"
-            + (f" at {rate:.3g} GB/s ({how})" if rate else " (--h2d tells how fast)"),
+            f"{_size(facts['copied_gib_per_step'])}{at}",
         )
     if (run := facts.get("run")) is not None:
         lines.append(

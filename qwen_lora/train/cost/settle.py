@@ -25,6 +25,7 @@ from qwen_lora.train.cost.choice import (
     usable_bytes,
 )
 from qwen_lora.train.cost.copies import measure_copies
+from qwen_lora.train.cost.duration import find_pace
 from qwen_lora.train.cost.shapes import bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.plan import BatchRule
@@ -62,7 +63,8 @@ def settle_way(
     step_model = StepModel(model, settings, choose_dtype(settings, device), parts)
     load = largest_load(loads, model.family)
     shape = load.largest(model.family)
-    choice = choose(step_model, shape, usable_bytes(total, free))
+    pace = find_pace(step_model, shape) if device.type == "cuda" else None
+    choice = choose(step_model, shape, usable_bytes(total, free), pace)
     if not quiet:
         height, width = load.bucket
         print(

@@ -47,6 +47,7 @@ class Cost:
     backward_low: int
     host: int = 0  # bytes of weights in host memory
     traffic: int = 0  # bytes of them that are copied to the device
+    offloaded: int = 0  # bytes of compiled blocks' activations that leave, and come back
 
     @property
     def peak(self) -> int:
@@ -123,21 +124,28 @@ class StepModel:
 
     # ---- a step ----------------------------------------------------------------------------
 
-    def cost(self, shape: Shape, recompute: Recompute, on_device: int | None = None) -> Cost:
+    def cost(
+        self, shape: Shape, recompute: Recompute, on_device: int | None = None, stay: int = 0
+    ) -> Cost:
         """on_device: so many blocks' weights stay on the device, and a ring of buffers has the
-        others in turn; None: all stay."""
+        others in turn; None: all stay. stay: blocks whose activations stay where compiled blocks'
+        are offloaded, besides the last ones."""
         if recompute.kind == "some" and recompute.blocks >= self.blocks:
             recompute = Recompute("full")
         if recompute.kind == "some" and recompute.blocks == 0:
             recompute = Recompute("none")
         if self._budgeted(shape):
-            found = self._compiled(shape, recompute)
+            found = self._compiled(shape, recompute, stay)
         elif recompute.kind == "some" and self.blocks > FEW + 1:
             found = self._some(shape, recompute.blocks)
         else:
             found = self._whole(shape, recompute)
         streamed = 0 if on_device is None else max(0, self.blocks - on_device)
         gone = max(0, streamed - RING) * self.block_bytes
+        offloaded = 0
+        if self.stays(shape, recompute):
+            each = self.compiled_bytes(shape, recompute) + self.input_bytes(shape)
+            offloaded = max(0, self.blocks - COMPILED - stay) * each
         return Cost(
             weights=self.weight_bytes - gone,
             lora=self.lora_bytes,
@@ -150,6 +158,7 @@ class StepModel:
             host=streamed * self.block_bytes,
             # Each comes once in a pass; at the two turns the ring has what is needed next.
             traffic=2 * gone,
+            offloaded=offloaded,
         )
 
     def _whole(self, shape: Shape, recompute: Recompute) -> Traced:
@@ -186,27 +195,56 @@ class StepModel:
             and len(set(shape.text_tokens)) == 1
         )
 
-    def _compiled(self, shape: Shape, recompute: Recompute) -> Traced:
+    def _compiled(self, shape: Shape, recompute: Recompute, stay: int) -> Traced:
         """Recomputing whole blocks without a compiler takes as much as the budget 0."""
         none, full = (self._whole(shape, Recompute(kind)) for kind in ("none", "full"))
         budget = recompute.budget(self.blocks)
+        each = self.compiled_bytes(shape, recompute)
         kept = full.kept
-        if budget:
-            key = (shape, budget)
-            if key not in self._kept:
-                with flash_attention():
-                    self._kept[key] = self.family.compiled_bytes(
-                        self._skeleton(FEW).transformer,
-                        shape.latent_size,
-                        shape.text_tokens[0],
-                        shape.batch,
-                        budget,
-                    )
-            leaves = self.settings.offload_activations and recompute.kind != "none"
-            held = min(COMPILED, self.blocks) if leaves else self.blocks
-            kept += held * self._kept[key]
+        if self.offloads(recompute):
+            held = min(COMPILED + stay, self.blocks)
+            # What is traced has one block's inputs on the device.
+            kept += held * each + (held - 1) * self.input_bytes(shape)
+        else:
+            kept += self.blocks * each
         found = none.plus(full, none, 1 - budget)
         return replace(found, kept=kept, peak=kept + full.peak - full.kept)
+
+    def offloads(self, recompute: Recompute) -> bool:
+        return self.settings.offload_activations and recompute.kind != "none"
+
+    def stays(self, shape: Shape, recompute: Recompute) -> bool:
+        """Whether some blocks' activations may stay while others' leave."""
+        return self._budgeted(shape) and self.offloads(recompute)
+
+    def compiled_bytes(self, shape: Shape, recompute: Recompute) -> int:
+        """What one compiled block keeps besides its inputs."""
+        budget = recompute.budget(self.blocks)
+        if not budget:
+            return 0
+        key = (shape, budget)
+        if key not in self._kept:
+            with flash_attention():
+                self._kept[key] = self.family.compiled_bytes(
+                    self._skeleton(FEW).transformer,
+                    shape.latent_size,
+                    shape.text_tokens[0],
+                    shape.batch,
+                    budget,
+                )
+        return self._kept[key]
+
+    def input_bytes(self, shape: Shape) -> int:
+        """Of one block: what full recomputation keeps of it where nothing is offloaded."""
+        staying = self
+        if self.settings.offload_activations:
+            settings = self.settings.model_copy(update={"offload_activations": False})
+            staying = StepModel(self.model, settings, self.dtype, self.parts)
+        key = (shape, 0.0)
+        if key not in self._kept:
+            few, more = (staying._trace(n, shape, Recompute("full")) for n in (FEW, FEW + 1))
+            self._kept[key] = more.kept - few.kept
+        return self._kept[key]
 
     @property
     def _counts(self) -> tuple[int, ...]:
