@@ -23,9 +23,10 @@ from qwen_lora.train.base_model import base_of_all, content
 from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
 from qwen_lora.train.cost.choice import Way
 from qwen_lora.train.data import BatchLoader
+from qwen_lora.train.flat import FlatLora
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
 from qwen_lora.train.lr_schedule import make_lr_scheduler
-from qwen_lora.train.optimizer import make_optimizer
+from qwen_lora.train.optimizer import build_optimizer, make_optimizer
 from qwen_lora.train.optimizer_state import (
     check_round_trip,
     check_state_fits,
@@ -228,12 +229,12 @@ def build_trainable(
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")
-    optimizer = make_optimizer(parameters, settings)
+    optimizer, flat = build_optimizer(parameters, settings)
     scheduler = make_lr_scheduler(optimizer, settings)
     dtype = compute_dtype(transformer)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     if resumed:
-        _restore(optimizer, scheduler, scaler, parameters, resumed, settings)
+        _restore(optimizer, flat, scheduler, scaler, parameters, resumed, settings)
     losses = SampleLosses(transformer, model.family, settings.loss_weighting)
     transformer.train()  # LoRA dropout; the frozen base has none of its own
     memory = ShortMemory(
@@ -254,12 +255,14 @@ def build_trainable(
         scaler,
         settings,
         memory,
+        flat,
     )
     return Trainable(transformer, spec, parameters, losses, stepper, dtype, memory)
 
 
 def _restore(
     optimizer: torch.optim.Optimizer,
+    flat: FlatLora | None,
     scheduler: Any,
     scaler: torch.amp.GradScaler,
     parameters: list[tuple[str, torch.nn.Parameter]],
@@ -269,7 +272,7 @@ def _restore(
     saved, tensors, what = resumed.optimizer, resumed.optimizer_tensors, "optimizer"
     try:
         check_state_fits(lambda named: make_optimizer(named, settings), parameters, saved, tensors)
-        unpack_optimizer(optimizer, parameters, saved, tensors)
+        unpack_optimizer(optimizer, parameters, saved, tensors, flat)
         what = "schedule"
         _check_like(scheduler.state_dict(), unpack(resumed.scheduler, {}))
         scheduler.load_state_dict(unpack(resumed.scheduler, {}))
@@ -352,7 +355,7 @@ def snapshot(trainable: Trainable, facts: RunFacts, state: TrainState) -> Checkp
     """A checkpoint's content, on the host."""
     stepper = trainable.stepper
     tensors: dict[str, torch.Tensor] = {}
-    optimizer = pack_optimizer(stepper.optimizer, trainable.parameters, tensors)
+    optimizer = pack_optimizer(stepper.optimizer, trainable.parameters, tensors, stepper.flat)
     nothing: dict[str, torch.Tensor] = {}
     return Checkpoint(
         facts=facts,

@@ -19,7 +19,8 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.errors import QwenLoraError
 from qwen_lora.families.base import Family
 from qwen_lora.train.data import LoadedBatch
-from qwen_lora.train.gradients import SharedGradients
+from qwen_lora.train.flat import FlatLora
+from qwen_lora.train.gradients import FlatGradients
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
@@ -88,12 +89,18 @@ class Stepper:
         scaler: torch.amp.GradScaler,
         settings: Settings,
         memory: ShortMemory | None = None,
+        flat: FlatLora | None = None,
     ) -> None:
+        """flat: what `optimizer` updates, made of `parameters`."""
         self.ranks, self.model, self.parameters = ranks, model, list(parameters)
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
         self._memory = memory
-        self._shared = SharedGradients(self.parameters) if ranks.world > 1 else None
+        self.flat = flat
+        self._updated = self.parameters if flat is None else [flat.weight]
+        self._gradients = flat.gradients if flat is not None else None
+        if ranks.world > 1 and flat is None:
+            self._gradients = FlatGradients(self.parameters)
         self._results = Results()
         # 1 as soon as a step was not finite: what GradScaler tells an optimizer, without its wait.
         self._bad: torch.Tensor | None = None
@@ -165,8 +172,9 @@ class Stepper:
         loss_sum = torch.zeros((), device=self.ranks.device)
         for micro, losses in zip(work, sample_losses, strict=True):
             loss_sum += losses.sum() * micro.weight
-        if self._shared is not None:
-            loss_sum = self._shared.sum(loss_sum)
+        if self.ranks.world > 1:
+            assert self._gradients is not None
+            loss_sum = self._gradients.sum(loss_sum)
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
         return torch.stack([loss_sum / step_samples, grad_norm]), sample_losses
@@ -201,18 +209,18 @@ class Stepper:
         return QwenLoraError(f"step {step + 1}: the GPU's memory is too small for {batch.size}")
 
     def _clear_gradients(self) -> None:
-        if self._shared is not None:
-            self._shared.clear()
+        if self._gradients is not None:
+            self._gradients.clear()
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self) -> torch.Tensor:
-        if self._max_norm > 0:
-            norm = self.ranks.accelerator.clip_grad_norm_(self.parameters, self._max_norm)
-            assert isinstance(norm, torch.Tensor)
-            return norm
+        """Always the norm of the parameters' norms: that of all numbers at once has other bits."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._updated, self._max_norm, norm)
+        return norm
 
     def _non_finite(self, done: Done, result: StepResult) -> QwenLoraError:
         """The error, the same on every rank: the samples with a non-finite loss or, when only the
