@@ -40,6 +40,14 @@ class MicroStep:
     weight: float  # 1, or 0 where the rank has no work of its own
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """What a forward and backward gave, on the device."""
+
+    losses: torch.Tensor  # [B]
+    loss_sum: torch.Tensor  # scalar, times the micro-step's weight
+
+
 class SampleLosses(torch.nn.Module):
     """The loss of each sample as a module: what wraps it has forward and loss together, and the
     objective sees the transformer itself."""
@@ -104,6 +112,7 @@ class Stepper:
         self._results = Results()
         # 1 as soon as a step was not finite: what GradScaler tells an optimizer, without its wait.
         self._bad: torch.Tensor | None = None
+        self._one = torch.ones((), device=ranks.device)
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
             self._bad = torch.zeros((), device=ranks.device)
             told: Any = optimizer
@@ -119,7 +128,8 @@ class Stepper:
                 values = values.cpu()
                 good = bool(values.isfinite().all())
             else:
-                self._bad.copy_(torch.maximum(self._bad, (~values.isfinite()).any().float()))
+                # GradScaler's own kernel: sets it to 1 for what is not finite; the rest times 1.
+                torch._amp_foreach_non_finite_check_and_unscale_([values], self._bad, self._one)
                 good = True  # the optimizer looks itself
             if good:
                 self._update(step)
@@ -164,25 +174,26 @@ class Stepper:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward and backward of all micro-batches; clipped gradients are left in place. Returns
         [2], the loss and gradient norm over all ranks, and this rank's sample losses."""
-        sample_losses: list[torch.Tensor] = []
-        while (failed := self._pass(step, work, step_samples, sample_losses)) is not None:
+        passes: list[_Passed] = []
+        while (failed := self._pass(step, work, step_samples, passes)) is not None:
             # Nothing of the step has left this rank. Gradients and dropout begin anew with it.
             assert self._memory is not None
             self._memory.give_way(step, failed.batch)
-        loss_sum = torch.zeros((), device=self.ranks.device)
-        for micro, losses in zip(work, sample_losses, strict=True):
-            loss_sum += losses.sum() * micro.weight
+        loss_sum = passes[0].loss_sum
+        for passed in passes[1:]:
+            loss_sum = loss_sum + passed.loss_sum
         if self.ranks.world > 1:
             assert self._gradients is not None
             loss_sum = self._gradients.sum(loss_sum)
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        return torch.stack([loss_sum / step_samples, grad_norm]), sample_losses
+        values = torch.stack([loss_sum / step_samples, grad_norm])
+        return values, [passed.losses for passed in passes]
 
     def _pass(
-        self, step: int, work: Sequence[MicroStep], step_samples: int, found: list[torch.Tensor]
+        self, step: int, work: Sequence[MicroStep], step_samples: int, found: list[_Passed]
     ) -> MicroStep | None:
-        """Put each micro-batch's sample losses into `found`, and gradients in place. Returns the
+        """Put each micro-batch's losses into `found`, and gradients in place. Returns the
         one for which memory was too small, if the step may be done again with less."""
         device = self.ranks.device
         self._clear_gradients()
@@ -191,8 +202,9 @@ class Stepper:
             seed_dropout(dropout_seed(self._seed, step, micro.index), device)
             try:
                 losses = self.model(micro.batch.to(device))  # [B] float32
-                scaled = self.scaler.scale(losses.sum() * (micro.weight / step_samples))
-                self.ranks.accelerator.backward(scaled)
+                total = losses.sum()
+                # Not accelerate's: it would divide by its own accumulation, which is always 1.
+                self.scaler.scale(total * (micro.weight / step_samples)).backward()
             except torch.OutOfMemoryError as error:
                 if self._memory is not None and self._memory.may_give_way():
                     return micro
@@ -200,7 +212,8 @@ class Stepper:
             except Exception as error:
                 error.add_note(f"in step {step + 1}, samples {_names(micro.batch.sample_ids)}")
                 raise
-            found.append(losses.detach())
+            weighted = total.detach() if micro.weight == 1 else total.detach() * micro.weight
+            found.append(_Passed(losses.detach(), weighted))
         return None
 
     def _out_of_memory(self, step: int, batch: LoadedBatch) -> QwenLoraError:
