@@ -40,12 +40,23 @@ class FlatLora:
             view.copy_(parameter.detach())
             parameter.data = view
 
+    def make_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What AdamW would make in its first step, before it: then no memory is asked for in the
+        middle of a run. All of it or nothing."""
+        (group,) = optimizer.param_groups
+        keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        state = {"step": torch.zeros((), device=self.weight.device)}
+        state |= {key: torch.zeros_like(self.weight) for key in keys}
+        optimizer.state[self.weight] = state
+
     def split(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state dict of an optimizer over `weight` as that of one over the parameters: copied
-        to the host once, then views."""
+        """The state dict of an optimizer over `weight` as that of one over the parameters, which
+        has no state before its first step. Copied to the host once, then views."""
         numbers = range(len(self.names))
         (group,) = state["param_groups"]
         host = {key: value.cpu() for key, value in state["state"].get(0, {}).items()}
+        if host and not host["step"]:
+            host = {}
         states = {
             number: {key: self._part(value, number) for key, value in host.items()}
             for number in numbers

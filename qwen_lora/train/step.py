@@ -26,6 +26,7 @@ from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.results import Done, Part, Results, StepResult
 from qwen_lora.train.short_memory import ShortMemory
+from qwen_lora.train.undo import Undo
 
 MAX_SKIPPED = 20  # fp16 updates skipped in a row before the run stops
 _SHOWN_SAMPLES = 8
@@ -103,7 +104,7 @@ class Stepper:
         self.ranks, self.model, self.parameters = ranks, model, list(parameters)
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
-        self._memory = memory
+        self._memory, self._undo = memory, Undo(optimizer, self.parameters, flat)
         self.flat = flat
         self._updated = self.parameters if flat is None else [flat.weight]
         self._gradients = flat.gradients if flat is not None else None
@@ -159,14 +160,20 @@ class Stepper:
         return found
 
     def _update(self, step: int) -> None:
-        try:
+        if self._memory is None:
             self.scaler.step(self.optimizer)
-        except torch.OutOfMemoryError as error:  # its state is made in the first step
-            raise QwenLoraError(
-                f"step {step + 1}: the GPU's memory is too small for the optimizer; set "
-                "blocks_on_device to a smaller number, optimizer: adamw8bit, or a lower rank. "
-                "Checkpoints are intact"
-            ) from error
+        else:
+            # Gradients are those of all ranks by now: this one may repeat the update by itself.
+            again, tried = self._memory.may_give_way() and self._undo.keep(), False
+
+            def update() -> None:
+                nonlocal tried
+                if tried:
+                    self._undo.back()
+                tried = True
+                self.scaler.step(self.optimizer)
+
+            self._memory.optimizer(f"the optimizer in step {step + 1}", update, again)
         self.scaler.update()
 
     def _accumulate(
