@@ -69,7 +69,7 @@ def load_weights(
     missing = {
         name: parameter
         for name, parameter in module.named_parameters()
-        if not _made_from_weight(module, name)
+        if not made_from_weight(module, name)
     }
     for key, read in _tensors(weights):
         name = rename(key)
@@ -152,7 +152,7 @@ def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return module.get_submodule(owner), leaf
 
 
-def _made_from_weight(module: torch.nn.Module, name: str) -> bool:
+def made_from_weight(module: torch.nn.Module, name: str) -> bool:
     """Whether no file has it: the scales of a spread weight in 8 bits are parameters."""
     owner, leaf = _split(module, name)
     return isinstance(owner, ScaledLinear) and leaf not in ("weight", "bias")
