@@ -293,6 +293,7 @@ def build_loaders(
         read_ahead=settings.read_ahead,
         pin_memory=on_gpu,
         download_ahead_bytes=int(settings.shard_cache_gib * GIB) // 2,  # the rest is in use
+        tokens_for=model.family,
     )
     # The measure must not depend on the run's seed.
     fixed = BatchRule(train_batch_size=1, micro_batches_per_step=1, seed=0)

@@ -21,7 +21,7 @@ from qwen_lora.families.base import Family
 from qwen_lora.train.data import LoadedBatch
 from qwen_lora.train.flat import FlatLora
 from qwen_lora.train.gradients import FlatGradients
-from qwen_lora.train.objective import flow_matching_loss
+from qwen_lora.train.objective import flow_matching_loss, token_loss
 from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.results import Done, Part, Results, StepResult
@@ -61,6 +61,16 @@ class SampleLosses(torch.nn.Module):
 
     def forward(self, batch: LoadedBatch) -> torch.Tensor:
         """batch: on the transformer's device. Returns [B] float32."""
+        if batch.tokens is not None:
+            return token_loss(
+                self.transformer,
+                batch.tokens,
+                batch.prompt_embeds,
+                batch.prompt_masks,
+                batch.sigmas,
+                self.weighting,
+                self.family,
+            )
         return flow_matching_loss(
             self.transformer,
             batch.latents,
