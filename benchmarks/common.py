@@ -41,10 +41,12 @@ def machine() -> str:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds that one repeat took: on the clock, and on all cores together."""
+    """Seconds that one repeat took: on the clock, on all cores together, and on a core by the
+    thread that ran it."""
 
     wall: float
     cpu: float
+    main: float
 
 
 def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Taken]]:
@@ -54,11 +56,15 @@ def take_turns(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str,
     for number in range(repeats + 1):
         for name, way in ways.items():
             gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
+            begun = _now()
             way()
             if number:
-                taken[name].append(Taken(time.perf_counter() - wall, time.process_time() - cpu))
+                taken[name].append(Taken(*(b - a for a, b in zip(begun, _now(), strict=True))))
     return taken
+
+
+def _now() -> tuple[float, float, float]:
+    return time.perf_counter(), time.process_time(), time.thread_time()
 
 
 def median_ms(values: Sequence[float], units: int) -> float:

@@ -36,13 +36,22 @@ def our_loop(
     """A function that trains the given number of steps with this project's own loop."""
     ranks = Ranks(accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = SampleLosses(model, family_by_name("qwen-image"), "none")
+    family = family_by_name("qwen-image")
+    losses = SampleLosses(model, family, "none")
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     settings = Settings(train_batch_size=batch, read_ahead=read_ahead, output_dir=folder)
     rule = BatchRule(train_batch_size=batch, micro_batches_per_step=1, seed=0)
     table = PlanTable.from_sets([shards])
     on_gpu = accelerator.device.type == "cuda"
-    loader = BatchLoader([shards], table, rule, sampling, read_ahead=read_ahead, pin_memory=on_gpu)
+    loader = BatchLoader(
+        [shards],
+        table,
+        rule,
+        sampling,
+        read_ahead=read_ahead,
+        pin_memory=on_gpu,
+        tokens_for=family,
+    )
     schedule = get_scheduler("constant", optimizer)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
     stepper = Stepper(ranks, losses, trained, optimizer, schedule, scaler, settings)

@@ -1,11 +1,14 @@
-"""A LoRA alone: PEFT's layers beside this project's, and the three forms of AdamW.
+"""A LoRA alone: PEFT's layers beside this project's, the three forms of AdamW, and what a step does
+to gradients and weights, tensor by tensor and over all tensors as one.
 
 python benchmarks/lora_parts.py [--tokens N] [--width N] [--rank N] [--repeats N] [--millions N ...]
+                                [--tensors N]
 
 Layers: q, k, v of one attention on one input, base weights frozen, forward and backward. "kept" is
 what autograd holds for the backward pass besides weights, a token. Optimizer: one step over the
-tensors of a LoRA of so many parameters. On a CPU the ratios are not those of a GPU; operators
-and bytes are.
+tensors of a LoRA of so many parameters. Around it: --tensors A and B of Qwen-Image's attention; the
+"first gradient" is what autograd does with those of a step's first micro-batch, which it keeps, or
+adds to what is there. On a CPU the ratios are not those of a GPU; operators and bytes are.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from trainer_overhead import Counter
 
 from qwen_lora.families.modules import ADAPTER
 from qwen_lora.families.qwen_image.adapted import project
+from qwen_lora.train.flat import FlatLora
 
+WIDTH = 3072  # of Qwen-Image
 NAMES = ("to_q", "to_k", "to_v")
 
 
@@ -132,6 +137,80 @@ def optimizers(options: argparse.Namespace) -> None:
     )
 
 
+def gradients(options: argparse.Namespace) -> None:
+    """The parts of a step around AdamW, one tensor after the other and as the trainer does it."""
+    shapes = [(options.rank, WIDTH), (WIDTH, options.rank)] * (options.tensors // 2)
+    rows = []
+    for name in ("tensor by tensor", "as one (this project)"):
+        named = [
+            (str(n), torch.nn.Parameter(torch.randn(shape) * 0.02))
+            for n, shape in enumerate(shapes)
+        ]
+        arriving = [torch.randn(shape) for shape in shapes]
+        parameters = [parameter for _, parameter in named]
+        if name == "tensor by tensor":
+            parts = apart(parameters, arriving)
+        else:
+            parts = together(named, arriving)
+        _ = [part() for part in parts.values()]  # the optimizer's state is made
+        taken = take_turns(parts, options.repeats)
+        for part, times in taken.items():
+            with Counter() as counter:
+                parts[part]()
+            wall = [one.wall for one in times]
+            rows.append(
+                [f"{name}, {part}", f"{median_ms(wall, 2):.2f}", spread(wall, 2), counter.operators]
+            )
+    print_table(
+        f"{len(shapes)} tensors of rank {options.rank}, width {WIDTH}, float32, "
+        f"{options.repeats} repeats in turn, ms",
+        ["", "median", "min-max", "operators"],
+        rows,
+    )
+
+
+Parts = dict[str, Callable[[], object]]
+
+
+def apart(parameters: list[torch.nn.Parameter], arriving: list[torch.Tensor]) -> Parts:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def keep() -> None:
+        for parameter, gradient in zip(parameters, arriving, strict=True):
+            parameter.grad = gradient
+
+    keep()
+    return {
+        "clear": optimizer.zero_grad,
+        "first gradient": keep,
+        "norm and clip": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0),
+        "update": optimizer.step,
+    }
+
+
+def together(named: list[tuple[str, torch.nn.Parameter]], arriving: list[torch.Tensor]) -> Parts:
+    flat = FlatLora(named)
+    optimizer = torch.optim.AdamW([flat.weight], lr=1e-4, fused=True)
+    gradients = [parameter.grad for _, parameter in named]
+
+    def add() -> None:
+        for held, gradient in zip(gradients, arriving, strict=True):
+            assert held is not None
+            held += gradient
+
+    def clip() -> None:
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        torch.nn.utils.clip_grads_with_norm_([flat.weight], 1.0, norm)
+
+    return {
+        "clear": flat.gradients.clear,
+        "first gradient": add,
+        "norm and clip": clip,
+        "(a norm of all numbers at once)": flat.gradients.numbers.norm,
+        "update": optimizer.step,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
@@ -139,11 +218,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--millions", type=float, nargs="+", default=[47.2, 106.2])
+    parser.add_argument("--tensors", type=int, default=480)
     options = parser.parse_args()
     torch.manual_seed(0)
     print(machine())
     layers(options)
     optimizers(options)
+    gradients(options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_lora.families.qwen_image.loading import empty_module, place, quantize_linears
+from qwen_lora.families.qwen_image.loading import (
+    empty_module,
+    made_from_weight,
+    place,
+    quantize_linears,
+)
 from qwen_lora.families.qwen_image.modulation import LAYERS, TabledLinear
 from qwen_lora.families.qwen_image.scaled import KINDS, scale_linears
 from qwen_lora.families.qwen_image.sharded import shard_blocks
@@ -97,7 +102,8 @@ def fill(
     module: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, seed: int = 0
 ) -> None:
     """Give numbers to every parameter that has no memory yet."""
-    for number, (name, parameter) in enumerate(list(module.named_parameters())):
+    filled = [each for each in module.named_parameters() if not made_from_weight(module, each[0])]
+    for number, (name, parameter) in enumerate(filled):
         if not parameter.is_meta:
             continue
         if parameter.ndim == 1:

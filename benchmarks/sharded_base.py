@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 benchmarks/sharded_base.py      the full-size architecture, on two GPUs
 python benchmarks/sharded_base.py                           on one: what gathering costs by itself
 python benchmarks/sharded_base.py --layers 2 --heads 2 --px 128        a small one, on a CPU
+python benchmarks/sharded_base.py --base fp8 --products forward        weights held in 8 bits
 
 A step is one micro-batch on each process, forward and backward with full recomputation, without the
 optimizer. Weights are random, the same for both ways; the last column says whether the loss and all
@@ -23,12 +24,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import torch.distributed as dist
 from common import machine, print_table
-from random_model import config_of, make_transformer
+from random_model import BASES, config_of, make_transformer
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families import family_by_name
 from qwen_lora.families.base import ForwardOptions, Recompute
+from qwen_lora.families.qwen_image.scaled import PRODUCTS
 from qwen_lora.train.lora import LoraSpec, add_lora
 from qwen_lora.train.objective import flow_matching_loss
 from qwen_lora.train.sharding import FSDP
@@ -40,7 +42,8 @@ Found = dict[str, Any]
 def measure(options: argparse.Namespace, device: torch.device, mesh: DeviceMesh | None) -> Found:
     family = family_by_name("qwen-image")
     config, dtype = config_of(options.heads, options.layers), getattr(torch, options.dtype)
-    model = make_transformer(config, device, dtype, mesh=mesh)
+    how: Found = {"base": options.base, "products": options.products}
+    model = make_transformer(config, device, dtype, mesh=mesh, **how)
     spec = LoraSpec.from_settings(Settings(rank=options.rank, lora_init="orthogonal"))
     loras = add_lora(model, spec, family, seed=0)
     family.prepare_training(model, ForwardOptions(recompute=Recompute("full")))
@@ -97,6 +100,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--base", choices=BASES[:-1], default="bf16")
+    parser.add_argument("--products", choices=PRODUCTS, default="none")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2)
     options = parser.parse_args()
@@ -132,7 +137,8 @@ def main() -> None:
     ]
     if rank == 0:
         print(machine())
-        title = f"{options.px} px, {options.layers} blocks, {options.dtype}, {world} process(es)"
+        held = f"{options.dtype}, base {options.base}, products {options.products}"
+        title = f"{options.px} px, {options.layers} blocks, {held}, {world} process(es)"
         header = ["base", "s/step", "held GiB", "peak GiB", "same bits"]
         print_table(title, header, rows)
     dist.barrier()

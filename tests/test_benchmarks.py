@@ -37,6 +37,7 @@ SMALLEST = {
     ],
     "lora_parts.py": [
         *("--tokens", "16", "--width", "32", "--rank", "2", "--repeats", "1", "--millions", "0.2"),
+        *("--tensors", "6"),
     ],
     "memory.py": [
         *("--width", "1", "--blocks", "3", "--px", "32", "--text", "4"),

@@ -131,11 +131,11 @@ def _check_train(settings: Settings) -> Iterator[Finding]:
             ("lr_step_rules", "lr_scheduler"),
             "piecewise_constant needs rules such as 1:1000,0.1:2000,0.01",
         )
-    if settings.shard_base != "none" and settings.base_precision != "bf16":
+    if settings.shard_base != "none" and settings.base_precision == "nf4":
         yield Finding(
             ("shard_base", "base_precision"),
-            f"cannot spread weights held as {settings.base_precision}; use base_precision: bf16, "
-            "or shard_base: none",
+            "cannot spread weights held as nf4, which are not packed by rows; use base_precision: "
+            "fp8, int8 or bf16, or shard_base: none",
         )
     if settings.shard_base != "none" and settings.blocks_on_device.isdecimal():
         yield Finding(

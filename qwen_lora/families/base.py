@@ -253,6 +253,23 @@ class Family(Protocol):
         """Choose how `velocity` runs a transformer that has its LoRA."""
         ...
 
+    def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] as the transformer takes them, [B, n, P]: the same numbers in its order."""
+        ...
+
+    def token_velocity(
+        self,
+        transformer: Callable[..., Any],
+        tokens: torch.Tensor,
+        latent_size: tuple[int, int],
+        sigmas: torch.Tensor,
+        prompt_embeds: Sequence[torch.Tensor],
+        prompt_masks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """`velocity` of what `to_tokens` gave for noised latents of [h, w], in float32 or the
+        compute dtype. Returns tokens [B, n, P] float32."""
+        ...
+
     def velocity(
         self,
         transformer: Callable[..., Any],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qwen_lora.config.schema import Settings
-from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.errors import InputError
 from qwen_lora.families.modules import compute_dtype
 from qwen_lora.models import ModelFolder, resolve_model
 from qwen_lora.shards.format import Manifest
@@ -25,16 +25,12 @@ from qwen_lora.train.cost.choice import Way
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
 from qwen_lora.train.lr_schedule import make_lr_scheduler
-from qwen_lora.train.optimizer import make_optimizer
-from qwen_lora.train.optimizer_state import (
-    check_round_trip,
-    check_state_fits,
-    pack_optimizer,
-    unpack_optimizer,
-)
+from qwen_lora.train.optimizer import build_optimizer, make_optimizer
+from qwen_lora.train.optimizer_state import check_round_trip, pack_optimizer
 from qwen_lora.train.plan import BatchRule, PlanTable, plan_id
 from qwen_lora.train.preview_plan import wants_vae
 from qwen_lora.train.ranks import Ranks
+from qwen_lora.train.restore import restore
 from qwen_lora.train.resume import result_settings, share_of_step
 from qwen_lora.train.sharding import base_mesh, shards_of_base
 from qwen_lora.train.short_memory import ShortMemory
@@ -48,7 +44,7 @@ from qwen_lora.train.transformer import (
     load_base,
     modulation_table,
 )
-from qwen_lora.train.tree import pack, unpack
+from qwen_lora.train.tree import pack
 from qwen_lora.train.validation import (
     FIXED_TRAIN_IMAGES,
     Measure,
@@ -230,14 +226,7 @@ def build_trainable(
     if resumed:
         load_lora_state(transformer, resumed.lora)
     ranks.check_equal(_content_hash(lora_state(transformer)), "the LoRA's initial weights")
-    optimizer = make_optimizer(parameters, settings)
-    scheduler = make_lr_scheduler(optimizer, settings)
     dtype = compute_dtype(transformer)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    if resumed:
-        _restore(optimizer, scheduler, scaler, parameters, resumed, settings)
-    losses = SampleLosses(transformer, model.family, settings.loss_weighting)
-    transformer.train()  # LoRA dropout; the frozen base has none of its own
     memory = ShortMemory(
         settings,
         model,
@@ -247,6 +236,21 @@ def build_trainable(
         shards_of_base(settings, ranks.world),
         f"process {ranks.rank}: " if ranks.world > 1 else "",
     )
+    optimizer, flat = memory.optimizer(
+        "the LoRA's gradients", lambda: build_optimizer(parameters, settings)
+    )
+    scheduler = make_lr_scheduler(optimizer, settings)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+
+    def make_state() -> None:
+        if resumed:
+            restore(optimizer, flat, scheduler, scaler, parameters, resumed, settings)
+        if flat is not None and not optimizer.state:
+            flat.make_state(optimizer)
+
+    memory.optimizer("the optimizer's state", make_state)
+    losses = SampleLosses(transformer, model.family, settings.loss_weighting)
+    transformer.train()  # LoRA dropout; the frozen base has none of its own
     stepper = Stepper(
         ranks,
         losses,
@@ -256,46 +260,9 @@ def build_trainable(
         scaler,
         settings,
         memory,
+        flat,
     )
     return Trainable(transformer, spec, parameters, losses, stepper, dtype, memory)
-
-
-def _restore(
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: torch.amp.GradScaler,
-    parameters: list[tuple[str, torch.nn.Parameter]],
-    resumed: Checkpoint,
-    settings: Settings,
-) -> None:
-    saved, tensors, what = resumed.optimizer, resumed.optimizer_tensors, "optimizer"
-    try:
-        check_state_fits(lambda named: make_optimizer(named, settings), parameters, saved, tensors)
-        unpack_optimizer(optimizer, parameters, saved, tensors)
-        what = "schedule"
-        _check_like(scheduler.state_dict(), unpack(resumed.scheduler, {}))
-        scheduler.load_state_dict(unpack(resumed.scheduler, {}))
-        scaler.load_state_dict(unpack(resumed.scaler, {}))
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise QwenLoraError(
-            f"the checkpoint's {what} state cannot be loaded: {type(error).__name__} {error}"
-        ) from error
-
-
-def _check_like(own: dict[str, Any], saved: Any) -> None:
-    """A schedule takes whatever it is given, and would fail at a later step. Raises ValueError."""
-    if not isinstance(saved, dict) or saved.keys() != own.keys():
-        raise ValueError("other entries than this version's")
-    for name, value in own.items():
-        if not _alike(value, saved[name]):
-            raise ValueError(f"{name} is {saved[name]!r}")
-
-
-def _alike(own: Any, saved: Any) -> bool:
-    if isinstance(own, list) and isinstance(saved, list):
-        return len(own) == len(saved) and all(map(_alike, own, saved))
-    numbers = (int, float)
-    return type(own) is type(saved) or (isinstance(own, numbers) and type(saved) in numbers)
 
 
 def _check_optimizer(settings: Settings, device: torch.device) -> None:
@@ -328,6 +295,7 @@ def build_loaders(
         read_ahead=settings.read_ahead,
         pin_memory=on_gpu,
         download_ahead_bytes=int(settings.shard_cache_gib * GIB) // 2,  # the rest is in use
+        tokens_for=model.family,
     )
     # The measure must not depend on the run's seed.
     fixed = BatchRule(train_batch_size=1, micro_batches_per_step=1, seed=0)
@@ -354,7 +322,7 @@ def snapshot(trainable: Trainable, facts: RunFacts, state: TrainState) -> Checkp
     """A checkpoint's content, on the host."""
     stepper = trainable.stepper
     tensors: dict[str, torch.Tensor] = {}
-    optimizer = pack_optimizer(stepper.optimizer, trainable.parameters, tensors)
+    optimizer = pack_optimizer(stepper.optimizer, trainable.parameters, tensors, stepper.flat)
     nothing: dict[str, torch.Tensor] = {}
     return Checkpoint(
         facts=facts,

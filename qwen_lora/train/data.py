@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from qwen_lora.errors import QwenLoraError, ShardError
+from qwen_lora.families.base import Family
 from qwen_lora.shards.remote.store import RemoteStore
 from qwen_lora.train.look_ahead import LookAhead, RemoteFile
+from qwen_lora.train.objective import FlowTokens
 from qwen_lora.train.plan import (
     UNCONDITIONAL,
     BatchRule,
@@ -50,6 +52,7 @@ class LoadedBatch:
     prompt_embeds: list[torch.Tensor]  # B times [T_i, D], as stored
     prompt_masks: list[torch.Tensor]  # B times [T_i] bool
     sample_ids: list[str]
+    tokens: FlowTokens | None = None  # of these latents, noise and sigmas, to train on
 
     @property
     def size(self) -> int:
@@ -58,7 +61,7 @@ class LoadedBatch:
     def to(self, device: torch.device | str) -> LoadedBatch:
         """On another device; without waiting when the batch is pinned. Masks and sigmas stay on the
         host: asking whether anything is padded, or for a noise level's row of a table, does not
-        wait for the device."""
+        wait for the device. So do latents and noise where there are tokens of them."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, sigmas=self.sigmas)
 
@@ -66,13 +69,11 @@ class LoadedBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LoadedBatch:
-        return replace(
-            self,
-            latents=change(self.latents),
-            noise=change(self.noise),
-            sigmas=change(self.sigmas),
-            prompt_embeds=[change(tensor) for tensor in self.prompt_embeds],
-        )
+        embeds = [change(tensor) for tensor in self.prompt_embeds]
+        changed = replace(self, sigmas=change(self.sigmas), prompt_embeds=embeds)
+        if self.tokens is not None:
+            return replace(changed, tokens=self.tokens.map(change))
+        return replace(changed, latents=change(self.latents), noise=change(self.noise))
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class BatchLoader:
     `threads` read and decode up to `read_ahead` micro-batches beyond the one in use; 0 reads in the
     calling thread. Neither changes what is loaded. `pin_memory` is for copies to a GPU. While it
     reads ahead, shards of remote sets are downloaded up to `download_ahead_bytes` before their use.
+    With `tokens_for` a family, samples are noised for its transformer here, ahead of their step.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class BatchLoader:
         threads: int = 2,
         pin_memory: bool = False,
         download_ahead_bytes: int = 0,
+        tokens_for: Family | None = None,
     ) -> None:
         self._sets, self._table, self._rule, self._sampling = list(sets), table, rule, sampling
         self._read_ahead, self._threads, self._pin = read_ahead, max(1, threads), pin_memory
@@ -116,6 +119,7 @@ class BatchLoader:
         self._plans: dict[int, EpochPlan] = {}
         self._planning = threading.Lock()
         self._download_ahead_bytes = download_ahead_bytes
+        self._family = tokens_for
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. A few are kept: reading ahead may be several short epochs ahead."""
@@ -149,6 +153,10 @@ class BatchLoader:
             prompt_masks=[sample.prompt_mask for sample in samples],
             sample_ids=[sample.sample_id for sample in samples],
         )
+        if self._family is not None:
+            tokens = FlowTokens.make(self._family, batch.latents, batch.noise, batch.sigmas)
+            noised = tokens.noised.to(self._sampling.compute_dtype)
+            batch = replace(batch, tokens=replace(tokens, noised=noised))
         return batch.pin_memory() if self._pin else batch
 
     def stream(

@@ -1,5 +1,5 @@
 # ruff: noqa: TID253
-"""The gradients of several ranks: one buffer, one all-reduce a step.
+"""The gradients of all parameters in one buffer: cleared at once, summed over ranks at once.
 
 DDP would lay its buckets out anew after the first step, in the order in which gradients became
 ready. Where a number stands in what is reduced decides in which order three or more ranks add it
@@ -14,10 +14,18 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-_ALIGN = 32  # numbers: each parameter's gradient begins at a multiple of 128 bytes
+_ALIGN = 32  # numbers: each parameter begins at a multiple of 128 bytes
 
 
-class SharedGradients:
+def begins(parameters: Sequence[torch.nn.Parameter]) -> list[int]:
+    """Where each parameter begins in a storage of all, and where the last one ends."""
+    found = [0]
+    for parameter in parameters:
+        found.append(found[-1] + -(-parameter.numel() // _ALIGN) * _ALIGN)
+    return found
+
+
+class FlatGradients:
     """Makes every parameter's gradient a view of one float32 buffer; backward adds to it in place.
 
     parameters: float32, on one device, the same in the same order on every rank. Do not set their
@@ -25,13 +33,11 @@ class SharedGradients:
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        begins, end = [], _ALIGN  # in front: the loss
-        for parameter in parameters:
-            begins.append(end)
-            end += -(-parameter.numel() // _ALIGN) * _ALIGN
-        self._buffer = torch.zeros(end, device=parameters[0].device)
-        for parameter, begin in zip(parameters, begins, strict=True):
-            view = self._buffer[begin : begin + parameter.numel()]
+        *places, end = begins(parameters)
+        self._buffer = torch.zeros(_ALIGN + end, device=parameters[0].device)  # in front: the loss
+        self.numbers = self._buffer[_ALIGN:]  # zeros between the gradients
+        for parameter, begin in zip(parameters, places, strict=True):
+            view = self.numbers[begin : begin + parameter.numel()]
             parameter.grad = view.view_as(parameter)
 
     def clear(self) -> None:

@@ -68,17 +68,15 @@ def upcoming(parts: LoopParts, state: TrainState) -> Generator[Work]:
     for epoch, index, batches in stream:
         if plan.epoch != epoch:
             plan = parts.loader.plan(epoch)
-        step = plan.step(index)
         micro_steps = []
         for position, batch in enumerate(batches):
             number = position * ranks.world + ranks.rank
             if batch is None:  # nothing left for this rank: the first one again, weight 0
-                batch = parts.loader.load(step[0], epoch)
+                batch = parts.loader.load(plan.step(index)[0], epoch)
                 micro_steps.append(MicroStep(batch, number, weight=0.0))
             else:
                 micro_steps.append(MicroStep(batch, number, weight=1.0))
-        samples = sum(len(micro_batch.visits) for micro_batch in step)
-        yield Work(epoch, index, micro_steps, samples, index + 1 == plan.steps)
+        yield Work(epoch, index, micro_steps, plan.samples(index), index + 1 == plan.steps)
 
 
 class Loop:

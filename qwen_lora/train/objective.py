@@ -9,15 +9,42 @@ flow, Liu et al., 2023; the convention of diffusers' train_dreambooth_lora_qwen_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_class
 from qwen_lora.families.base import Family
 from qwen_lora.families.modules import compute_dtype, unwrap
 from qwen_lora.train.timesteps import loss_weight, round_to
+
+
+@dataclass(frozen=True)
+class FlowTokens:
+    """Where samples are on their way to noise, and its direction, in the order of the transformer's
+    tokens: a step puts nothing into another order. Losses are means over the same numbers as in the
+    latents' order, gradients have the same bits."""
+
+    noised: torch.Tensor  # [B, n, P], x_t in float32 or the compute dtype
+    target: torch.Tensor  # [B, n, P] float32
+    latent_size: tuple[int, int]  # [h, w]
+
+    @classmethod
+    def make(
+        cls, family: Family, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor
+    ) -> FlowTokens:
+        """latents and noise: [B, C, h, w]; sigmas: [B] float32 that the compute dtype holds."""
+        latents, noise = latents.float(), noise.float()
+        level = sigmas.to(latents.device, non_blocking=True).view(-1, 1, 1, 1)
+        noised = (1 - level) * latents + level * noise  # [B, C, h, w] float32
+        height, width = latents.shape[-2:]
+        return cls(family.to_tokens(noised), family.to_tokens(noise - latents), (height, width))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FlowTokens:
+        return replace(self, noised=change(self.noised), target=change(self.target))
 
 
 def flow_matching_loss(
@@ -47,14 +74,31 @@ def flow_matching_loss(
     if family is None:
         family = family_by_class(type(unwrap(transformer)).__name__)
     sigmas = round_to(sigmas, compute_dtype(transformer))  # [B] float32, where they were
-    there = sigmas.to(latents.device, non_blocking=True)
-    weight = loss_weight(there, weighting_scheme)  # [B]
-    latents, noise = latents.float(), noise.float()
-    level = there.view(-1, 1, 1, 1)
-    noised = (1 - level) * latents + level * noise  # [B, C, h, w] float32
-    velocity = family.velocity(transformer, noised, sigmas, prompt_embeds, prompt_masks)
-    error = velocity.float() - (noise - latents)
-    return weight * error.square().mean(dim=(1, 2, 3))
+    tokens = FlowTokens.make(family, latents, noise, sigmas)
+    return token_loss(
+        transformer, tokens, prompt_embeds, prompt_masks, sigmas, weighting_scheme, family
+    )
+
+
+def token_loss(
+    transformer: torch.nn.Module,
+    tokens: FlowTokens,
+    prompt_embeds: Sequence[torch.Tensor],
+    prompt_masks: Sequence[torch.Tensor],
+    sigmas: torch.Tensor,
+    weighting_scheme: str,
+    family: Family,
+) -> torch.Tensor:
+    """`flow_matching_loss` of samples that are noised already, at sigmas [B] float32 that the
+    compute dtype holds. Returns [B] float32."""
+    velocity = family.token_velocity(
+        transformer, tokens.noised, tokens.latent_size, sigmas, prompt_embeds, prompt_masks
+    )
+    error = F.mse_loss(velocity, tokens.target, reduction="none")  # [B, n, P]
+    losses = error.flatten(1).sum(1) / error[0].numel()  # not mean: its gradient is [B, n, P] too
+    if weighting_scheme == "none":
+        return losses
+    return loss_weight(sigmas.to(losses.device, non_blocking=True), weighting_scheme) * losses
 
 
 def _check_shapes(

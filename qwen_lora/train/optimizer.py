@@ -15,6 +15,7 @@ import torch
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError
+from qwen_lora.train.flat import FlatLora, fits
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 # name -> module, class and the extra that installs it
@@ -24,6 +25,17 @@ NAMED = {
     "prodigy": ("prodigyopt", "Prodigy", "prodigy"),
 }
 _FUSED_DEVICES = ("cuda", "cpu")
+
+
+def build_optimizer(
+    parameters: NamedParameters, settings: Settings
+) -> tuple[torch.optim.Optimizer, FlatLora | None]:
+    """`make_optimizer`'s, over all parameters as one tensor where that changes no bit."""
+    optimizer = make_optimizer(parameters, settings)
+    if not fits(optimizer, parameters):
+        return optimizer, None
+    flat = FlatLora(parameters)
+    return make_optimizer([("flat", flat.weight)], settings), flat
 
 
 def make_optimizer(parameters: NamedParameters, settings: Settings) -> torch.optim.Optimizer:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from qwen_lora.errors import InputError, QwenLoraError
+from qwen_lora.train.flat import FlatLora
 from qwen_lora.train.tree import pack, unpack
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
@@ -17,11 +19,17 @@ _PROBE_SHAPE = (64, 80)  # above the 4096 numbers from which 8-bit optimizers us
 
 
 def pack_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: NamedParameters, tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: NamedParameters,
+    tensors: dict[str, torch.Tensor],
+    flat: FlatLora | None = None,
 ) -> Any:
-    """The JSON form of the state; its tensors go into `tensors` as `<parameter>/<key>`."""
-    names = _names_in_order(optimizer, parameters)
+    """The JSON form of the state; its tensors go into `tensors` as `<parameter>/<key>`. flat: what
+    `optimizer` updates, made of `parameters`."""
+    names = list(chain(*_names_by_group(optimizer, parameters, flat)))
     state = optimizer.state_dict()
+    if flat is not None:
+        state = flat.split(state)
     return {
         "state": {names[i]: pack(value, names[i], tensors) for i, value in state["state"].items()},
         "groups": [
@@ -36,21 +44,23 @@ def unpack_optimizer(
     parameters: NamedParameters,
     packed: Any,
     tensors: Mapping[str, torch.Tensor],
+    flat: FlatLora | None = None,
 ) -> None:
-    """Load what `pack_optimizer` made into an optimizer over the same parameters, in any order
-    inside their groups. Raises QwenLoraError when the parameters are others."""
-    names = _names_in_order(optimizer, parameters)
-    index = {name: i for i, name in enumerate(names)}
-    groups, first = [], 0
-    for packed_group, group in zip(packed["groups"], optimizer.param_groups, strict=True):
-        # torch pairs saved and present parameters by position.
-        here = list(range(first, first + len(group["params"])))
-        first += len(here)
-        if sorted(packed_group["params"]) != sorted(names[i] for i in here):
+    """Load what `pack_optimizer` made, with `flat` or without, into an optimizer over the same
+    parameters, in any order inside their groups. Raises QwenLoraError when the parameters are
+    others."""
+    grouped = _names_by_group(optimizer, parameters, flat)
+    index = {name: i for i, name in enumerate(chain(*grouped))}
+    groups = []
+    for packed_group, names in zip(packed["groups"], grouped, strict=True):
+        if sorted(packed_group["params"]) != sorted(names):
             raise QwenLoraError("the checkpoint's optimizer state is of other parameters")
+        # torch pairs saved and present parameters by position.
+        here = [index[name] for name in names]
         groups.append({**unpack(packed_group, tensors), "params": here})
     state = {index[name]: unpack(value, tensors) for name, value in packed["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    loaded = {"state": state, "param_groups": groups}
+    optimizer.load_state_dict(loaded if flat is None else flat.join(loaded))
 
 
 def check_state_fits(
@@ -169,11 +179,11 @@ def _refusal(optimizer: torch.optim.Optimizer, why: str) -> str:
     )
 
 
-def _names_in_order(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> list[str]:
+def _names_by_group(
+    optimizer: torch.optim.Optimizer, parameters: NamedParameters, flat: FlatLora | None
+) -> list[list[str]]:
     """Parameter names in the order in which state_dict numbers them."""
+    if flat is not None:
+        return [flat.names]
     by_identity = {id(parameter): name for name, parameter in parameters}
-    return [
-        by_identity[id(parameter)]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
+    return [[by_identity[id(p)] for p in group["params"]] for group in optimizer.param_groups]

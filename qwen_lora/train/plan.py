@@ -116,6 +116,12 @@ class EpochPlan:
         last = min(first + self.micro_batches_per_step, self.micro_batches)
         return [self.micro_batch(number) for number in range(first, last)]
 
+    def samples(self, index: int) -> int:
+        """How many visits a step has, over all ranks."""
+        first = index * self.micro_batches_per_step
+        last = min(first + self.micro_batches_per_step, self.micro_batches)
+        return int(self.starts[last] - self.starts[first])
+
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of what runs in which order; ranks compare it before the first step."""

@@ -1,12 +1,12 @@
 # ruff: noqa: TID253
-"""What happens when GPU memory runs out, in a step or in a pass without gradients (validation,
-previews): say what would fit, or go on with less."""
+"""What happens when GPU memory runs out, in a step, in a pass without gradients (validation,
+previews) or in the optimizer: say what would fit, or go on with less."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -22,9 +22,9 @@ from qwen_lora.train.cost.choice import (
     GIB,
     Choice,
     Way,
+    blocks_that_fit,
     choice_of,
     choose,
-    most_on_device,
     what_fits,
     with_streaming,
 )
@@ -97,46 +97,88 @@ class ShortMemory:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                way = self._fewer_blocks(shape)
+                beside = self._beside_weights(shape)
+                way = self._fewer_blocks(beside, int(LESS * (self._held() + beside)))
                 if way is None or not self.may_give_way():
-                    raise self._pass_error(what, shape, way, instead) from error
+                    raise self._pass_error(what, beside, way, instead) from error
             self._collect()
             self._go_over(what, way)
 
-    @torch.enable_grad()
-    def _pass_error(self, what: str, shape: Shape, way: Way | None, instead: str) -> QwenLoraError:
-        cost = self._free_planner.cost(shape, FULL, self.way.on_device)
-        found = [f"blocks_on_device: {way.on_device}"] if way is not None else []
-        for precision in ("fp8", "int8", "nf4") if self._parts == 1 else ():
-            changes = {"base_precision": precision, "low_precision_products": "none"}
-            other = StepModel(
-                self._model, self._settings.model_copy(update=changes), self._dtype, self._parts
-            )
-            if cost.peak - cost.weights + self._held(other) <= LESS * cost.peak:
-                found.append(f"base_precision: {precision}")
-        found.append(instead)
+    def optimizer(self, what: str, work: Callable[[], T], again: bool = True) -> T:
+        """Make the optimizer's state, or update with it: the same as `without_gradients`. again:
+        whether work that ran out of memory may be done again."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                model = self._free_planner
+                all_held = self._held() + model.lora_bytes
+                limit = all_held - model.state_bytes  # of that, there was room for the rest
+                way = self._fewer_blocks(model.lora_bytes, min(limit, int(LESS * all_held)))
+                if way is None or not again or not self.may_give_way():
+                    raise self._optimizer_error(what, limit, way) from error
+            self._collect()
+            self._go_over(what, way)
+
+    def _pass_error(self, what: str, beside: int, way: Way | None, instead: str) -> QwenLoraError:
+        limit = LESS * (self._held() + beside)
+        precisions = [
+            f"base_precision: {name}"
+            for name, other in self._other_precisions()
+            if beside + self._held(other) <= limit
+        ]
+        return self._too_small(what, way, [*precisions, instead])
+
+    def _optimizer_error(self, what: str, limit: int, way: Way | None) -> QwenLoraError:
+        found = [
+            f"base_precision: {name}"
+            for name, other in self._other_precisions()
+            if other.lora_bytes + self._held(other) <= limit
+        ]
+        half = self._settings.rank // 2
+        half -= half % 2 if self._settings.lora_init == "orthogonal" else 0
+        if half and self._planner(rank=half).lora_bytes + self._held() <= limit:
+            found.append(f"rank: {half}")
+        return self._too_small(what, way, found)
+
+    def _too_small(self, what: str, way: Way | None, found: list[str]) -> QwenLoraError:
+        if way is not None:
+            found = [f"blocks_on_device: {way.on_device}", *found]
+        held = self._held() + self._free_planner.lora_bytes
         return QwenLoraError(
             f"the GPU's memory is too small for {what} with {self.way} (`plan` predicts "
-            f"{(cost.weights + cost.lora) / GIB:.2f} GiB for the weights and the LoRA alone); set "
-            f"{'; or '.join(found)}. Checkpoints are intact"
+            f"{held / GIB:.2f} GiB for the weights and the LoRA alone); "
+            + (f"set {'; or '.join(found)}" if found else "no setting that was tried fits")
+            + ". Checkpoints are intact"
         )
 
-    def _held(self, model: StepModel) -> int:
-        """Bytes of weights on the device as it runs now."""
-        on_device = self.way.on_device
+    def _other_precisions(self) -> Iterator[tuple[str, StepModel]]:
+        for name in ("fp8", "int8", "nf4") if self._parts == 1 else ():
+            yield name, self._planner(base_precision=name, low_precision_products="none")
+
+    def _planner(self, **changes: Any) -> StepModel:
+        settings = self._settings.model_copy(update=changes)
+        return StepModel(self._model, settings, self._dtype, self._parts)
+
+    @torch.enable_grad()  # the planner traces steps
+    def _beside_weights(self, shape: Shape) -> int:
+        """Bytes at the worst moment of a pass without gradients, as the planner knows it."""
+        cost = self._free_planner.cost(shape, FULL)
+        return cost.peak - cost.weights
+
+    def _held(self, model: StepModel | None = None) -> int:
+        """Bytes of weights on the device as it runs now; model: of another model's."""
+        model, on_device = model or self._free_planner, self.way.on_device
         streamed = 0 if on_device is None else model.blocks - on_device
         return model.weight_bytes - max(0, streamed - RING) * model.block_bytes
 
-    @torch.enable_grad()  # the planner traces steps
-    def _fewer_blocks(self, shape: Shape) -> Way | None:
-        """Recomputing more frees nothing for a pass without gradients."""
+    def _fewer_blocks(self, beside: int, limit: int) -> Way | None:
+        """So many on the device as `limit` bytes hold, with `beside` besides weights. Recomputing
+        more frees nothing where nothing is kept for a backward pass."""
         model, held = self._free_planner, self.way.on_device
-        if model.parts > 1 or not self._settings.own_forward:
+        if model.parts > 1 or not self._settings.own_forward or model.blocks <= RING or held == 0:
             return None
-        now = model.cost(shape, FULL, held).peak
-        wanted = most_on_device(model, shape, FULL, int(LESS * now)).way.on_device
-        if wanted is None or held == 0:
-            return None
+        wanted = blocks_that_fit(model, model.weight_bytes + beside, limit) or 0
         on_device = wanted if held is None else min(held - 1, wanted)
         streamed = model.blocks - on_device
         return Way(with_streaming(self.way.recompute, streamed), on_device)
@@ -174,8 +216,7 @@ class ShortMemory:
     def _free_planner(self) -> StepModel:
         """Free to choose, whatever the settings name."""
         free = {"gradient_checkpointing": True, "recompute": AUTO, "blocks_on_device": AUTO}
-        settings = self._settings.model_copy(update=free)
-        return StepModel(self._model, settings, self._dtype, self._parts)
+        return self._planner(**free)
 
     def _as_settings(self, way: Way) -> str:
         found = [f"recompute: {way.recompute.blocks or way.recompute.kind}"]

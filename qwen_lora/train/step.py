@@ -19,12 +19,14 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.errors import QwenLoraError
 from qwen_lora.families.base import Family
 from qwen_lora.train.data import LoadedBatch
-from qwen_lora.train.gradients import SharedGradients
-from qwen_lora.train.objective import flow_matching_loss
+from qwen_lora.train.flat import FlatLora
+from qwen_lora.train.gradients import FlatGradients
+from qwen_lora.train.objective import flow_matching_loss, token_loss
 from qwen_lora.train.randomness import dropout_seed
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.results import Done, Part, Results, StepResult
 from qwen_lora.train.short_memory import ShortMemory
+from qwen_lora.train.undo import Undo
 
 MAX_SKIPPED = 20  # fp16 updates skipped in a row before the run stops
 _SHOWN_SAMPLES = 8
@@ -39,6 +41,14 @@ class MicroStep:
     weight: float  # 1, or 0 where the rank has no work of its own
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """What a forward and backward gave, on the device."""
+
+    losses: torch.Tensor  # [B]
+    loss_sum: torch.Tensor  # scalar, times the micro-step's weight
+
+
 class SampleLosses(torch.nn.Module):
     """The loss of each sample as a module: what wraps it has forward and loss together, and the
     objective sees the transformer itself."""
@@ -51,6 +61,16 @@ class SampleLosses(torch.nn.Module):
 
     def forward(self, batch: LoadedBatch) -> torch.Tensor:
         """batch: on the transformer's device. Returns [B] float32."""
+        if batch.tokens is not None:
+            return token_loss(
+                self.transformer,
+                batch.tokens,
+                batch.prompt_embeds,
+                batch.prompt_masks,
+                batch.sigmas,
+                self.weighting,
+                self.family,
+            )
         return flow_matching_loss(
             self.transformer,
             batch.latents,
@@ -88,15 +108,22 @@ class Stepper:
         scaler: torch.amp.GradScaler,
         settings: Settings,
         memory: ShortMemory | None = None,
+        flat: FlatLora | None = None,
     ) -> None:
+        """flat: what `optimizer` updates, made of `parameters`."""
         self.ranks, self.model, self.parameters = ranks, model, list(parameters)
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self._seed, self._max_norm = settings.seed, settings.max_grad_norm
-        self._memory = memory
-        self._shared = SharedGradients(self.parameters) if ranks.world > 1 else None
+        self._memory, self._undo = memory, Undo(optimizer, self.parameters, flat)
+        self.flat = flat
+        self._updated = self.parameters if flat is None else [flat.weight]
+        self._gradients = flat.gradients if flat is not None else None
+        if ranks.world > 1 and flat is None:
+            self._gradients = FlatGradients(self.parameters)
         self._results = Results()
         # 1 as soon as a step was not finite: what GradScaler tells an optimizer, without its wait.
         self._bad: torch.Tensor | None = None
+        self._one = torch.ones((), device=ranks.device)
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
             self._bad = torch.zeros((), device=ranks.device)
             told: Any = optimizer
@@ -112,7 +139,8 @@ class Stepper:
                 values = values.cpu()
                 good = bool(values.isfinite().all())
             else:
-                self._bad.copy_(torch.maximum(self._bad, (~values.isfinite()).any().float()))
+                # GradScaler's own kernel: sets it to 1 for what is not finite; the rest times 1.
+                torch._amp_foreach_non_finite_check_and_unscale_([values], self._bad, self._one)
                 good = True  # the optimizer looks itself
             if good:
                 self._update(step)
@@ -142,14 +170,20 @@ class Stepper:
         return found
 
     def _update(self, step: int) -> None:
-        try:
+        if self._memory is None:
             self.scaler.step(self.optimizer)
-        except torch.OutOfMemoryError as error:  # its state is made in the first step
-            raise QwenLoraError(
-                f"step {step + 1}: the GPU's memory is too small for the optimizer; set "
-                "blocks_on_device to a smaller number, optimizer: adamw8bit, or a lower rank. "
-                "Checkpoints are intact"
-            ) from error
+        else:
+            # Gradients are those of all ranks by now: this one may repeat the update by itself.
+            again, tried = self._memory.may_give_way() and self._undo.keep(), False
+
+            def update() -> None:
+                nonlocal tried
+                if tried:
+                    self._undo.back()
+                tried = True
+                self.scaler.step(self.optimizer)
+
+            self._memory.optimizer(f"the optimizer in step {step + 1}", update, again)
         self.scaler.update()
 
     def _accumulate(
@@ -157,24 +191,26 @@ class Stepper:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward and backward of all micro-batches; clipped gradients are left in place. Returns
         [2], the loss and gradient norm over all ranks, and this rank's sample losses."""
-        sample_losses: list[torch.Tensor] = []
-        while (failed := self._pass(step, work, step_samples, sample_losses)) is not None:
+        passes: list[_Passed] = []
+        while (failed := self._pass(step, work, step_samples, passes)) is not None:
             # Nothing of the step has left this rank. Gradients and dropout begin anew with it.
             assert self._memory is not None
             self._memory.give_way(step, failed.batch)
-        loss_sum = torch.zeros((), device=self.ranks.device)
-        for micro, losses in zip(work, sample_losses, strict=True):
-            loss_sum += losses.sum() * micro.weight
-        if self._shared is not None:
-            loss_sum = self._shared.sum(loss_sum)
+        loss_sum = passes[0].loss_sum
+        for passed in passes[1:]:
+            loss_sum = loss_sum + passed.loss_sum
+        if self.ranks.world > 1:
+            assert self._gradients is not None
+            loss_sum = self._gradients.sum(loss_sum)
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        return torch.stack([loss_sum / step_samples, grad_norm]), sample_losses
+        values = torch.stack([loss_sum / step_samples, grad_norm])
+        return values, [passed.losses for passed in passes]
 
     def _pass(
-        self, step: int, work: Sequence[MicroStep], step_samples: int, found: list[torch.Tensor]
+        self, step: int, work: Sequence[MicroStep], step_samples: int, found: list[_Passed]
     ) -> MicroStep | None:
-        """Put each micro-batch's sample losses into `found`, and gradients in place. Returns the
+        """Put each micro-batch's losses into `found`, and gradients in place. Returns the
         one for which memory was too small, if the step may be done again with less."""
         device = self.ranks.device
         self._clear_gradients()
@@ -183,8 +219,9 @@ class Stepper:
             seed_dropout(dropout_seed(self._seed, step, micro.index), device)
             try:
                 losses = self.model(micro.batch.to(device))  # [B] float32
-                scaled = self.scaler.scale(losses.sum() * (micro.weight / step_samples))
-                self.ranks.accelerator.backward(scaled)
+                total = losses.sum()
+                # Not accelerate's: it would divide by its own accumulation, which is always 1.
+                self.scaler.scale(total * (micro.weight / step_samples)).backward()
             except torch.OutOfMemoryError as error:
                 if self._memory is not None and self._memory.may_give_way():
                     return micro
@@ -192,7 +229,8 @@ class Stepper:
             except Exception as error:
                 error.add_note(f"in step {step + 1}, samples {_names(micro.batch.sample_ids)}")
                 raise
-            found.append(losses.detach())
+            weighted = total.detach() if micro.weight == 1 else total.detach() * micro.weight
+            found.append(_Passed(losses.detach(), weighted))
         return None
 
     def _out_of_memory(self, step: int, batch: LoadedBatch) -> QwenLoraError:
@@ -201,18 +239,18 @@ class Stepper:
         return QwenLoraError(f"step {step + 1}: the GPU's memory is too small for {batch.size}")
 
     def _clear_gradients(self) -> None:
-        if self._shared is not None:
-            self._shared.clear()
+        if self._gradients is not None:
+            self._gradients.clear()
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self) -> torch.Tensor:
-        if self._max_norm > 0:
-            norm = self.ranks.accelerator.clip_grad_norm_(self.parameters, self._max_norm)
-            assert isinstance(norm, torch.Tensor)
-            return norm
+        """Always the norm of the parameters' norms: that of all numbers at once has other bits."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._updated, self._max_norm, norm)
+        return norm
 
     def _non_finite(self, done: Done, result: StepResult) -> QwenLoraError:
         """The error, the same on every rank: the samples with a non-finite loss or, when only the

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import hostile_archives
+import hostile_contents
 import numpy as np
 import pytest
 from audit_hook import Guard, guarded
 from forged_sets import Forgery
-from hostile_shards import ATTACKS, Attack
+from named_attacks import Attack
 
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.shards import tools
@@ -23,6 +25,7 @@ from qwen_lora.shards.verify import verify
 from qwen_lora.shards.writer import adoptable_shards
 from tests.shards.conftest import CHANNELS, FINGERPRINT, SCALE
 
+ATTACKS = [*hostile_archives.ATTACKS, *hostile_contents.ATTACKS]
 PAGE_TAGS = {
     *("!DOCTYPE", "html", "head", "meta", "title", "style", "body", "main", "h", "p", "dl", "div"),
     *("dt", "dd", "ul", "li", "img", "small", "code"),

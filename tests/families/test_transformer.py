@@ -73,6 +73,13 @@ def test_pack_equals_diffusers() -> None:
     tokens = QwenImagePipeline._pack_latents(latents, 2, 16, HEIGHT, WIDTH)
     assert torch.equal(pack(latents), tokens)
     assert torch.equal(unpack(tokens, HEIGHT, WIDTH), latents)
+    crooked = torch.cat([torch.zeros(1), latents.flatten()])[1:].view_as(latents)
+    assert torch.equal(pack(crooked), tokens)
+    assert torch.equal(pack(latents.bfloat16()), tokens.bfloat16())
+    assert torch.equal(pack(latents.transpose(2, 3).contiguous().transpose(2, 3)), tokens)
+    with_gradient = latents.clone().requires_grad_()
+    pack(with_gradient).square().sum().backward()
+    assert torch.equal(with_gradient.grad, 2 * latents)
 
 
 @torch.no_grad()

@@ -200,6 +200,31 @@ def _never_again(fault: Fault) -> None:
     SampleLosses.forward = forward  # type: ignore[method-assign]
 
 
+def _in_update(fault: Fault) -> None:
+    """Where the kernel of the step `number` would start: the step is counted already."""
+    import torch
+
+    from qwen_lora.train.step import Stepper
+
+    plain_update, plain_kernel, due = Stepper._update, torch._fused_adamw_, False
+
+    def update(stepper: Any, step: int) -> None:
+        nonlocal due
+        due = step + 1 == fault.number
+        plain_update(stepper, step)
+
+    def kernel(*arguments: Any, **more: Any) -> Any:
+        nonlocal due
+        if due:
+            due = False
+            fault.note()
+            out_of_memory()
+        return plain_kernel(*arguments, **more)
+
+    Stepper._update = update  # type: ignore[method-assign]
+    torch._fused_adamw_ = kernel
+
+
 def _stuck(fault: Fault) -> None:
     """A wait that no exception and no closed connection ends, as in a collective on a GPU."""
     fault.on_losses(lambda _: threading.Lock().acquire() and threading.Event().wait())
@@ -207,7 +232,8 @@ def _stuck(fault: Fault) -> None:
 
 def _patches() -> dict[str, Callable[[Fault], None]]:
     from qwen_lora import lifeline
-    from qwen_lora.train import assemble, checkpoint, export, metrics, run
+    from qwen_lora.train import assemble, checkpoint, export, metrics, optimizer, run
+    from qwen_lora.train.flat import FlatLora
     from qwen_lora.train.previews import Previews
     from qwen_lora.train.validation import Measure
 
@@ -225,6 +251,8 @@ def _patches() -> dict[str, Callable[[Fault], None]]:
         "no GPU memory, forward": lambda fault: fault.on_losses(_in_forward(out_of_memory)),
         "no GPU memory, backward": lambda fault: fault.on_losses(_in_backward(out_of_memory)),
         "no GPU memory any more": _never_again,
+        "no GPU memory, optimizer's state": before(FlatLora, "make_state", out_of_memory),
+        "no GPU memory, update": _in_update,
         "no GPU memory, validation": before(Measure, "_losses_of", out_of_memory),
         "no GPU memory, preview": before(Previews, "_draw", out_of_memory),
         "bug in forward": lambda fault: fault.on_losses(_in_forward(bug)),
@@ -245,6 +273,8 @@ def _patches() -> dict[str, Callable[[Fault], None]]:
         "other package": _other_version,
         "SIGTERM": lambda fault: fault.on_losses(_in_forward(terminate)),
         "stuck": _stuck,
+        # No fault: as it was before AdamW got one tensor for all.
+        "parameters apart": lambda _: setattr(optimizer, "fits", lambda *_: False),
     }
 
 

@@ -33,10 +33,11 @@ def run_rank(order: dict[str, Any]) -> None:
     from rank_faults import arm
 
     from qwen_lora import lifeline, lifeline_hub
+    from qwen_lora.families.qwen_image import scaled
     from qwen_lora.precompute import nodes
 
     for name, value in order["constants"].items():
-        for module in (lifeline, lifeline_hub, nodes):
+        for module in (lifeline, lifeline_hub, nodes, scaled):
             setattr(module, name, value)
     if "HF_HOME" in order["environment"]:  # it was read when this was imported
         hub.HF_HUB_CACHE = os.path.join(order["environment"]["HF_HOME"], "hub")

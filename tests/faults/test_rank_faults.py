@@ -142,8 +142,8 @@ def unbroken() -> dict[int, dict[str, bytes]]:
     return {}
 
 
-def result(output: Path) -> dict[str, bytes]:
-    last = CheckpointStore(output).path(6)
+def result(output: Path, step: int = 6) -> dict[str, bytes]:
+    last = CheckpointStore(output).path(step)
     paths = [output / "lora.safetensors", *sorted(last.iterdir())]
     return {path.name: path.read_bytes() for path in paths if path.name != "state.json"}
 

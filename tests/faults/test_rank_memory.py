@@ -123,6 +123,37 @@ def test_one_rank_streams_blocks_for_a_pass(
     assert runs["plain"] == runs["short"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        pytest.param("optimizer's state", "the optimizer's state", marks=pytest.mark.slow),
+        ("update", "the optimizer in step 3"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_one_rank(
+    fault: str, what: str, ranks_in: MakeRanks, deep_model: Path
+) -> None:
+    """That one streams blocks, and the others need not know: an update follows the last exchange of
+    a step. Without the fallback all end with its error."""
+    files = {}
+    number = 3 if fault == "update" else 1
+    for name, strikes in (("plain", "none"), ("short", f"no GPU memory, {fault}")):
+        ranks = ranks_in(name, 2, deep_model)
+        run = ranks.train(strikes, 1, number, settings=FALLBACK)
+        assert run.codes == [0, 0], run
+        files[name] = result(ranks.output)
+    said = f"process 1: {what}: out of GPU memory with recompute none; going on with recompute "
+    assert said in run.logs[1] and "out of GPU memory" not in run.logs[0], run
+    assert files["plain"] == files["short"]
+
+    ranks = ranks_in("ends", 2, deep_model)
+    run = ranks.train(f"no GPU memory, {fault}", 1, number, settings={"preview_steps": 0})
+    assert run.codes == [1, 1], run
+    assert run.errors[0] == run.errors[1] and len(run.errors[0]) == 1, run
+    assert f"the GPU's memory is too small for {what} with recompute none" in run.errors[0][0]
+    assert not any("Traceback" in log for log in run.logs), run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_each_rank_at_each_moment(

@@ -13,6 +13,8 @@ import torch
 from written_sets import write_set
 
 from qwen_lora.errors import QwenLoraError, ShardError
+from qwen_lora.families import family_by_name
+from qwen_lora.families.qwen_image.transformer import unpack
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.data import BatchLoader, LoadedBatch
 from qwen_lora.train.plan import UNCONDITIONAL, BatchRule, PlanTable
@@ -254,3 +256,23 @@ def test_batches_move_between_devices_but_for_masks_and_noise_levels(shard_set: 
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.device.type for tensor in [moved.sigmas, *moved.prompt_masks]} == {"cpu"}
     assert moved.sample_ids == batches[0].sample_ids
+
+
+def test_samples_are_noised_ahead_to_the_same_bits(shard_set: ShardSet) -> None:
+    """In the compute dtype, as a step would round it; what they are made of stays on the host."""
+    loader = make_loader(shard_set, tokens_for=family_by_name("qwen-image"))
+    plain = make_loader(shard_set)
+    for (_, batches), (_, others) in zip(loader.stream(0), plain.stream(0), strict=True):
+        for batch, other in zip(batches, others, strict=True):
+            assert_same(batch, other)
+            assert batch.tokens.noised.dtype == torch.bfloat16
+            height, width = batch.tokens.latent_size
+            sigma = batch.sigmas.view(-1, 1, 1, 1)
+            noised = (1 - sigma) * batch.latents + sigma * batch.noise
+            assert torch.equal(unpack(batch.tokens.noised, height, width), noised.bfloat16())
+            target = unpack(batch.tokens.target, height, width)
+            assert torch.equal(target, batch.noise - batch.latents)
+    moved = batch.to("meta")
+    tensors = [moved.tokens.noised, moved.tokens.target, *moved.prompt_embeds]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.device.type for tensor in [moved.latents, moved.noise]} == {"cpu"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qwen_lora.train.gradients import SharedGradients
+from qwen_lora.train.gradients import FlatGradients
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_one_buffer_and_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
     twin = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
     twin.load_state_dict(model.state_dict())
-    shared = SharedGradients(list(model.parameters()))
+    shared = FlatGradients(list(model.parameters()))
     reduced: list[torch.Tensor] = []
     all_reduce = dist.all_reduce
     monkeypatch.setattr(

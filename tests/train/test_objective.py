@@ -15,7 +15,7 @@ from peft import LoraConfig
 from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_name
 from qwen_lora.families.modules import compute_dtype, unwrap
-from qwen_lora.train.objective import flow_matching_loss
+from qwen_lora.train.objective import FlowTokens, flow_matching_loss, token_loss
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -255,3 +255,19 @@ def test_shapes_are_checked(base) -> None:
     with pytest.raises(InputError, match="prompt 1"):
         masks = [batch.masks[0], batch.masks[0]]
         losses(base, Batch(batch.latents, batch.embeds, masks, batch.noise, batch.sigmas))
+
+
+@pytest.mark.parametrize("scheme", ["none", "cosmap"])
+def test_tokens_noised_ahead_give_the_gradients_of_the_reference(
+    adapted: QwenImageTransformer2DModel, scheme: str
+) -> None:
+    batch = make_batch(adapted, [5, 5])
+    family = family_by_name("qwen-image")
+    tokens = FlowTokens.make(family, batch.latents, batch.noise, batch.sigmas)
+    parameters = [p for name, p in adapted.named_parameters() if "lora_" in name]
+    found = token_loss(adapted, tokens, batch.embeds, batch.masks, batch.sigmas, scheme, family)
+    expected = reference(adapted, batch, scheme)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    pairs = [torch.autograd.grad(loss.sum(), parameters) for loss in (found, expected)]
+    ours, theirs = (torch.cat([gradient.flatten() for gradient in one]) for one in pairs)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5

@@ -166,6 +166,24 @@ class QwenImage:
 
         prepare_training(transformer, options)
 
+    def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        from qwen_lora.families.qwen_image.transformer import pack
+
+        return pack(latents)
+
+    def token_velocity(
+        self,
+        transformer: Callable[..., Any],
+        tokens: torch.Tensor,
+        latent_size: tuple[int, int],
+        sigmas: torch.Tensor,
+        prompt_embeds: Sequence[torch.Tensor],
+        prompt_masks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        from qwen_lora.families.qwen_image.transformer import token_velocity
+
+        return token_velocity(transformer, tokens, latent_size, sigmas, prompt_embeds, prompt_masks)
+
     def velocity(
         self,
         transformer: Callable[..., Any],

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.qwen_image import single_file
 from qwen_lora.families.qwen_image.scaled import ScaledLinear, Stored
-from qwen_lora.families.qwen_image.sharded import mesh_of, own_rows
+from qwen_lora.families.qwen_image.sharded import mesh_of, of_own_rows, own_rows
 from qwen_lora.models import weight_files
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -66,7 +66,11 @@ def load_weights(
     placed: is told the name of each parameter that is there.
     Raises InputError when names or shapes do not fit the module: weights and config disagree.
     """
-    missing = dict(module.named_parameters())
+    missing = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if not made_from_weight(module, name)
+    }
     for key, read in _tensors(weights):
         name = rename(key)
         if name is None:
@@ -148,6 +152,12 @@ def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return module.get_submodule(owner), leaf
 
 
+def made_from_weight(module: torch.nn.Module, name: str) -> bool:
+    """Whether no file has it: the scales of a spread weight in 8 bits are parameters."""
+    owner, leaf = _split(module, name)
+    return isinstance(owner, ScaledLinear) and leaf not in ("weight", "bias")
+
+
 def _shape_before_packing(
     module: torch.nn.Module, name: str, parameter: torch.nn.Parameter
 ) -> torch.Size:
@@ -171,8 +181,10 @@ def place(
     if isinstance(tensor, Stored):
         tensor = tensor.dense()
     kind = getattr(owner, "quantization", None) if leaf == "weight" else None
-    if mesh_of(owner._parameters[leaf]) is not None:
-        value = own_rows(tensor, owner._parameters[leaf], device, dtype)
+    held = owner._parameters[leaf]
+    if mesh_of(held) is not None:
+        # Only these rows of the mapped file are read, and the copy lets go of it.
+        value = of_own_rows(tensor[own_rows(held)].to(device, dtype, copy=True), held)
     elif kind is None:
         value = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
     else:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen_lora.errors import InputError
+from qwen_lora.families.qwen_image.sharded import mesh_of, of_own_rows, own_rows
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # [rows, n] in 8 bits, [rows] their scales
 KINDS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -43,6 +44,9 @@ class Stored:
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+    def __getitem__(self, rows: slice) -> Stored:
+        return Stored(self.values[rows], self.scale[rows])
 
     def dense(self) -> torch.Tensor:
         return self.values.float() * self.scale[:, None]  # [out, in]
@@ -94,17 +98,31 @@ class ScaledLinear(torch.nn.Linear):
         self.register_buffer("scale_t", torch.empty(ins, device="meta") if second else None)
 
     def put(self, weight: torch.Tensor | Stored, device: torch.device) -> None:
-        """Take a weight in. One that comes in this layer's type is kept as it is."""
-        if isinstance(weight, Stored) and weight.values.dtype == self.low:
-            values, scale = weight.values.to(device), weight.scale.to(device)
+        """Take a weight in; of a spread one, the rows that this process holds. One that comes in
+        this layer's type is kept as it is."""
+        spread = mesh_of(self.weight) is not None
+        part = weight[own_rows(self.weight)] if spread else weight
+        if isinstance(part, Stored) and part.values.dtype == self.low:
+            # A copy lets go of the file.
+            values, scale = (t.to(device, copy=spread) for t in (part.values, part.scale))
         else:
-            dense = weight.to(device) if isinstance(weight, torch.Tensor) else weight.dense()
-            values, scale = quantize_rows(dense.to(device), self.low)
-        self.weight = torch.nn.Parameter(values, requires_grad=False)
-        self.scale = scale
+            values, scale = quantize_rows(_dense(part).to(device), self.low)
+        self._hold("weight", values)
+        self._hold("scale", scale)
         if self.weight_t is not None:
-            dense = weight.to(device) if isinstance(weight, torch.Tensor) else weight.dense()
-            self.weight_t, self.scale_t = quantize_rows(dense.to(device).t().contiguous(), self.low)
+            dense = _dense(weight)
+            columns = dense[:, own_rows(self.weight_t)] if spread else dense
+            values, scale = quantize_rows(columns.to(device).t().contiguous(), self.low)
+            self._hold("weight_t", values)
+            self._hold("scale_t", scale)
+
+    def _hold(self, name: str, value: torch.Tensor) -> None:
+        held = getattr(self, name)
+        if mesh_of(held) is not None:
+            value = of_own_rows(value, held)
+        elif name == "weight":
+            value = torch.nn.Parameter(value, requires_grad=False)
+        setattr(self, name, value)
 
     def forward(self, input: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
         """rows: what `shared_rows` made of the input."""
@@ -117,6 +135,10 @@ class ScaledLinear(torch.nn.Linear):
         apply: Any = _Product.apply
         out: torch.Tensor = apply(flat, *weights, *(rows or (None, None)), products)
         return torch.unflatten(out, 0, input.shape[:-1])
+
+
+def _dense(weight: torch.Tensor | Stored) -> torch.Tensor:
+    return weight.dense() if isinstance(weight, Stored) else weight
 
 
 def shared_rows(layers: Sequence[torch.nn.Module], x: torch.Tensor) -> Rows | None:

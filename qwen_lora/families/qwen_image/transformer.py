@@ -213,10 +213,24 @@ def prepare_training(transformer: torch.nn.Module, options: ForwardOptions) -> N
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, h, w] -> tokens [B, h/2 * w/2, C * 4]."""
+    """[B, C, h, w] -> tokens [B, h/2 * w/2, C * 4]. Raises InputError for an odd size."""
     batch, channels, height, width = latents.shape
+    if height % PATCH or width % PATCH:
+        raise InputError(
+            f"latents of {height} x {width} cannot be cut into {PATCH} x {PATCH} tokens"
+        )
+    if _in_pairs(latents):
+        # Neighbours that stay together move as one number: six times as fast on a CPU.
+        pairs = latents.view(torch.int64).view(batch, channels, height // 2, 2, width // 2)
+        moved = pairs.permute(0, 2, 4, 1, 3).reshape(batch, -1, channels * 2)
+        return moved.view(latents.dtype)
     grid = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def _in_pairs(latents: torch.Tensor) -> bool:
+    plain = latents.is_contiguous() and latents.storage_offset() % 2 == 0
+    return plain and latents.dtype == torch.float32 and not latents.requires_grad
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -234,31 +248,45 @@ def velocity(
     prompt_masks: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """See `families.base.Family.velocity`. Raises InputError for shapes that do not fit."""
-    _check_shapes(transformer, latents, sigmas, prompt_embeds, prompt_masks)
-    batch, _, height, width = latents.shape
-    dtype = compute_dtype(transformer)
-    if hasattr(unwrap(transformer), "own_forward"):
+    tokens, (height, width) = pack(latents), latents.shape[-2:]
+    predicted = token_velocity(
+        transformer, tokens, (height, width), sigmas, prompt_embeds, prompt_masks
+    )
+    return unpack(predicted, height, width)
+
+
+def token_velocity(
+    transformer: Callable[..., Any],
+    tokens: torch.Tensor,
+    latent_size: tuple[int, int],
+    sigmas: torch.Tensor,
+    prompt_embeds: Sequence[torch.Tensor],
+    prompt_masks: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """See `families.base.Family.token_velocity`. Raises InputError for shapes that do not fit."""
+    model = unwrap(transformer)
+    _check_shapes(model, tokens, sigmas, prompt_embeds, prompt_masks)
+    dtype = compute_dtype(model)
+    tokens, grid = tokens.to(dtype), (latent_size[0] // PATCH, latent_size[1] // PATCH)
+    if hasattr(model, "own_forward"):
         texts = [
-            (embeds if bool(mask.all()) else embeds[mask]).to(latents.device, dtype)
+            (embeds if bool(mask.all()) else embeds[mask]).to(tokens.device, dtype)
             for embeds, mask in zip(prompt_embeds, prompt_masks, strict=True)
         ]
-        tokens, grid = pack(latents).to(dtype), (height // PATCH, width // PATCH)
-        model = unwrap(transformer)
-        predicted = run_whole(model, lambda: predict(model, tokens, sigmas, texts, grid))
-        return unpack(predicted.float(), height, width)
+        return run_whole(model, lambda: predict(model, tokens, sigmas, texts, grid)).float()
     embeds, mask = join_prompts(prompt_embeds, prompt_masks)
-    prediction = transformer(
-        hidden_states=pack(latents).to(dtype),
-        timestep=sigmas.to(latents.device, dtype),
-        encoder_hidden_states=embeds.to(latents.device, dtype),
+    prediction: torch.Tensor = transformer(
+        hidden_states=tokens,
+        timestep=sigmas.to(tokens.device, dtype),
+        encoder_hidden_states=embeds.to(tokens.device, dtype),
         # Without waiting: a blocking copy would end with a synchronisation of the stream.
         encoder_hidden_states_mask=(
-            None if mask is None else mask.to(latents.device, non_blocking=True)
+            None if mask is None else mask.to(tokens.device, non_blocking=True)
         ),
-        img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
+        img_shapes=[[(1, *grid)]] * len(tokens),
         return_dict=False,
     )[0]
-    return unpack(prediction.float(), height, width)
+    return prediction.float()
 
 
 def join_prompts(
@@ -283,21 +311,17 @@ def join_prompts(
 
 
 def _check_shapes(
-    transformer: Callable[..., Any],
-    latents: torch.Tensor,
+    model: Any,
+    tokens: torch.Tensor,
     sigmas: torch.Tensor,
     prompt_embeds: Sequence[torch.Tensor],
     prompt_masks: Sequence[torch.Tensor],
 ) -> None:
-    batch, channels, height, width = latents.shape
+    batch, channels = len(tokens), tokens.shape[-1] // PATCH**2
     if not len(prompt_embeds) == len(prompt_masks) == len(sigmas) == batch:
         raise InputError(
             f"{batch} latents, {len(sigmas)} sigmas, {len(prompt_embeds)} prompt embeddings and "
             f"{len(prompt_masks)} masks do not make a batch"
-        )
-    if height % PATCH or width % PATCH:
-        raise InputError(
-            f"latents of {height} x {width} cannot be cut into {PATCH} x {PATCH} tokens"
         )
     for embeds, mask in zip(prompt_embeds, prompt_masks, strict=True):
         if embeds.ndim != 2 or mask.shape != embeds.shape[:1]:
@@ -305,7 +329,7 @@ def _check_shapes(
                 f"a prompt of shape {list(embeds.shape)} with a mask of shape {list(mask.shape)}: "
                 "expected [T, D] and [T]"
             )
-    config = getattr(unwrap(transformer), "config", None)
+    config = getattr(model, "config", None)
     if config is None or not hasattr(config, "in_channels"):
         return
     if config.in_channels != channels * PATCH**2:

@@ -117,10 +117,14 @@ class StepModel:
 
     @cached_property
     def lora_bytes(self) -> int:
-        """float32 parameters and gradients, and what the optimizer keeps (an optimizer that this
-        project does not know is taken for AdamW)."""
-        state = STATE_BYTES.get(self.settings.optimizer, STATE_BYTES["adamw"])
-        return int(self.lora_parameters * (8 + state))
+        """float32 parameters and gradients, and what the optimizer keeps."""
+        return 8 * self.lora_parameters + self.state_bytes
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps; one that this project does not know is taken for AdamW."""
+        each = STATE_BYTES.get(self.settings.optimizer, STATE_BYTES["adamw"])
+        return int(each * self.lora_parameters)
 
     # ---- a step ----------------------------------------------------------------------------
 
