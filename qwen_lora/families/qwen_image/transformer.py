@@ -223,7 +223,8 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
         # Neighbours that stay together move as one number: six times as fast on a CPU.
         pairs = latents.view(torch.int64).view(batch, channels, height // 2, 2, width // 2)
         moved = pairs.permute(0, 2, 4, 1, 3).reshape(batch, -1, channels * 2)
-        return moved.view(latents.dtype)
+        # Of very small latents it may still be a view in another order.
+        return moved.contiguous().view(latents.dtype)
     grid = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
 
