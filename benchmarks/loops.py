@@ -16,6 +16,7 @@ from qwen_lora.train.checkpoint import TrainState
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.loop import Loop, LoopParts
 from qwen_lora.train.metrics import MetricsFile
+from qwen_lora.train.optimizer import build_optimizer
 from qwen_lora.train.plan import BatchRule, PlanTable
 from qwen_lora.train.ranks import Ranks
 from qwen_lora.train.step import SampleLosses, Stepper
@@ -35,11 +36,14 @@ def our_loop(
 ) -> Callable[[int], None]:
     """A function that trains the given number of steps with this project's own loop."""
     ranks = Ranks(accelerator)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [parameter for _, parameter in named]
     family = family_by_name("qwen-image")
     losses = SampleLosses(model, family, "none")
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     settings = Settings(train_batch_size=batch, read_ahead=read_ahead, output_dir=folder)
+    optimizer, flat = build_optimizer(named, settings)
+    if flat is not None:
+        flat.make_state(optimizer)
     rule = BatchRule(train_batch_size=batch, micro_batches_per_step=1, seed=0)
     table = PlanTable.from_sets([shards])
     on_gpu = accelerator.device.type == "cuda"
@@ -54,7 +58,7 @@ def our_loop(
     )
     schedule = get_scheduler("constant", optimizer)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=False)
-    stepper = Stepper(ranks, losses, trained, optimizer, schedule, scaler, settings)
+    stepper = Stepper(ranks, losses, trained, optimizer, schedule, scaler, settings, flat=flat)
 
     def run(steps: int) -> None:
         metrics = MetricsFile(folder / "metrics.jsonl")

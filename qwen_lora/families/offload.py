@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -131,18 +131,13 @@ class ActivationOffload:
 
     def _copy(self, block: _Block, home: bool) -> None:
         """home: to the device."""
-
-        def each() -> None:
+        with nullcontext() if self._stream is None else CUDA.stream(self._stream):
             for kept in block.kept:
                 if kept.here is not None and (host := kept.host()) is not None:
                     copy(*((kept.here, host) if home else (host, kept.here)))
-
-        if self._stream is None:
-            return each()
-        with CUDA.stream(self._stream):
-            each()
-            block.arrived = CUDA.Event()
-            block.arrived.record(self._stream)
+            if self._stream is not None:
+                block.arrived = CUDA.Event()
+                block.arrived.record(self._stream)
 
     # ---- host memory -----------------------------------------------------------------------
 

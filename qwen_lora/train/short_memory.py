@@ -25,6 +25,7 @@ from qwen_lora.train.cost.choice import (
     blocks_that_fit,
     choice_of,
     choose,
+    cost_of,
     what_fits,
     with_streaming,
 )
@@ -64,7 +65,7 @@ class ShortMemory:
         """One line: what did not fit, and the settings that would."""
         shape = shape_of(batch)
         model = StepModel(self._model, self._settings, self._dtype, self._parts)
-        peak = choice_of(model, shape, self.way, None).cost.peak
+        peak = cost_of(model, shape, self.way).peak
         found = []
         if (choice := self._next(shape)) is not None:
             found.append(self._as_settings(choice.way))
@@ -203,7 +204,7 @@ class ShortMemory:
     def _next(self, shape: Shape) -> Choice | None:
         """The best way that takes less than the one that did not fit."""
         model = self._free_planner
-        now = choice_of(model, shape, self.way, None).cost.peak
+        now = cost_of(model, shape, self.way).peak
         limit = int(LESS * now)
         choice = choose(model, shape, limit)
         if (held := self.way.on_device) is not None:  # streamed blocks stay streamed

@@ -13,7 +13,7 @@ import torch
 from qwen_lora.errors import InputError
 from qwen_lora.families import family_by_class, family_by_name
 from qwen_lora.families.modules import compute_dtype
-from qwen_lora.families.qwen_image.transformer import pack, unpack
+from qwen_lora.families.qwen_image.tokens import pack, unpack
 from qwen_lora.models import ModelFolder
 
 CPU = torch.device("cpu")
@@ -77,6 +77,10 @@ def test_pack_equals_diffusers() -> None:
     assert torch.equal(pack(crooked), tokens)
     assert torch.equal(pack(latents.bfloat16()), tokens.bfloat16())
     assert torch.equal(pack(latents.transpose(2, 3).contiguous().transpose(2, 3)), tokens)
+    for size in ((2, 2), (2, 6), (6, 2), (4, 4)):
+        small = torch.randn(1, 16, *size)
+        expected = QwenImagePipeline._pack_latents(small, 1, 16, *size)
+        assert torch.equal(pack(small), expected), size
     with_gradient = latents.clone().requires_grad_()
     pack(with_gradient).square().sum().backward()
     assert torch.equal(with_gradient.grad, 2 * latents)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,33 +15,15 @@ from qwen_lora.shards.reader import ShardSet
 from qwen_lora.shards.remote.base import ChangedRemotely, RemoteError
 from qwen_lora.shards.remote.cache import ShardCache
 from qwen_lora.shards.remote.objects import ObjectRemote, open_object_remote
-from qwen_lora.shards.remote.retries import Patience
 from qwen_lora.shards.remote.store import RemoteStore
-from tests.s3_server import BUCKET, SECRET, Fault, S3Server, s3_stand_in
+from tests.s3_server import BUCKET, SECRET, Fault, S3Server
 from tests.shards.conftest import write_set
+from tests.shards.object_store import HASTE, no_fault_left, remote, s3
 
-HASTE = Patience(attempts=5, first_wait_s=0.001, longest_wait_s=0.01, stall_s=0.4)
+__all__ = ["no_fault_left", "remote", "s3"]
+
 RATES = (0.2, 0.4, 0.7)  # of faults among the requests of a sequence
 STATUSES = (429, 500, 502, 503, 504)
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_stand_in() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def remote(s3: S3Server) -> Iterator[ObjectRemote]:
-    """The objects under some-bucket/set."""
-    opened = open_object_remote(f"s3://{BUCKET}/set/", HASTE)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(autouse=True)
-def no_fault_left(s3: S3Server) -> None:
-    s3.faults.clear()
 
 
 # ---- reading -------------------------------------------------------------------------------------

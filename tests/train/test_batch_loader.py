@@ -14,7 +14,7 @@ from written_sets import write_set
 
 from qwen_lora.errors import QwenLoraError, ShardError
 from qwen_lora.families import family_by_name
-from qwen_lora.families.qwen_image.transformer import unpack
+from qwen_lora.families.qwen_image.tokens import unpack
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.data import BatchLoader, LoadedBatch
 from qwen_lora.train.plan import UNCONDITIONAL, BatchRule, PlanTable

@@ -9,7 +9,7 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 from qwen_lora.families import family_by_name
-from qwen_lora.families.qwen_image.transformer import unpack
+from qwen_lora.families.qwen_image.tokens import unpack
 from qwen_lora.models import resolve_model
 from qwen_lora.tiny_model.build import TEXT_WIDTH
 from qwen_lora.train.draw import Drawing, draw_latents, drawing_mode

@@ -167,7 +167,7 @@ class QwenImage:
         prepare_training(transformer, options)
 
     def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
-        from qwen_lora.families.qwen_image.transformer import pack
+        from qwen_lora.families.qwen_image.tokens import pack
 
         return pack(latents)
 

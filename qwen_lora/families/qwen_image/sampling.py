@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from qwen_lora.families.qwen_image.loading import damage_explained, empty_module, load_weights
-from qwen_lora.families.qwen_image.transformer import pack, shift_mu, unpack
+from qwen_lora.families.qwen_image.tokens import pack, unpack
+from qwen_lora.families.qwen_image.transformer import shift_mu
 from qwen_lora.models import ModelFolder
 
 

@@ -11,7 +11,7 @@ from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
 from qwen_lora.families.offload import COMPILED
 from qwen_lora.families.streaming import RING
-from qwen_lora.train.cost.copies import offloaded_seconds
+from qwen_lora.train.cost.copies import offloaded_seconds, streamed_seconds
 from qwen_lora.train.cost.rates import Rates
 from qwen_lora.train.cost.shapes import Shape, latent_size
 from qwen_lora.train.cost.step import Cost, StepModel
@@ -52,20 +52,22 @@ class Pace:
 
     def seconds(self, model: StepModel, shape: Shape, choice: Choice) -> float:
         """Of a forward and backward pass, at a usual share of the rates of products."""
-        cost = choice.cost
-        forward = self.rates.seconds(cost.forward_flops, cost.forward_low) / USUAL_SHARE
-        backward = self.rates.seconds(cost.backward_flops, cost.backward_low) / USUAL_SHARE
-        if not cost.offloaded or self.copies is None:
-            return forward + backward
-        return waiting_seconds(model, shape, choice.way, forward, backward, self.copies)
+        return pass_seconds(model, shape, choice.way, self, USUAL_SHARE)
 
 
-def waiting_seconds(
-    model: StepModel, shape: Shape, way: Way, forward: float, backward: float, copies: float
-) -> float:
-    """Of the passes where compiled blocks' activations are offloaded; copies: bytes a second."""
-    each = model.compiled_bytes(shape, way.recompute) + model.input_bytes(shape)
-    return offloaded_seconds(model.blocks, way.stay, forward, backward, each / copies)
+def pass_seconds(model: StepModel, shape: Shape, way: Way, pace: Pace, share: float = 1.0) -> float:
+    """Of a forward and backward pass: its FLOPs at a share of the rates of products, and what it
+    waits for copies."""
+    cost = cost_of(model, shape, way)
+    forward = pace.rates.seconds(cost.forward_flops, cost.forward_low) / share
+    backward = pace.rates.seconds(cost.backward_flops, cost.backward_low) / share
+    if pace.copies and cost.offloaded:
+        each = model.compiled_bytes(shape, way.recompute) + model.input_bytes(shape)
+        return offloaded_seconds(model.blocks, way.stay, forward, backward, each / pace.copies)
+    if pace.copies and way.on_device is not None:
+        copy = model.block_bytes / pace.copies
+        return streamed_seconds(model.blocks, way.on_device, forward, backward, copy)
+    return forward + backward
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,11 @@ def blocks_that_fit(model: StepModel, peak: int, usable: int) -> int | None:
 
 
 def choice_of(model: StepModel, shape: Shape, way: Way, usable: int | None) -> Choice:
-    return Choice(way, model.cost(shape, way.recompute, way.on_device, way.stay), usable)
+    return Choice(way, cost_of(model, shape, way), usable)
+
+
+def cost_of(model: StepModel, shape: Shape, way: Way) -> Cost:
+    return model.cost(shape, way.recompute, way.on_device, way.stay)
 
 
 def _streamed(settings: Settings, blocks: int) -> int:

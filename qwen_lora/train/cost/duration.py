@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_lora.config.schema import Settings
-from qwen_lora.families.base import Recompute
-from qwen_lora.train.cost.choice import GIB, Choice, Pace, waiting_seconds
-from qwen_lora.train.cost.copies import copy_rate, streamed_seconds
+from qwen_lora.train.cost.choice import GIB, Choice, Pace, cost_of, pass_seconds
+from qwen_lora.train.cost.copies import copy_rate
 from qwen_lora.train.cost.rates import Rates, find_rates
-from qwen_lora.train.cost.shapes import BucketLoad, Shape
-from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.cost.shapes import BucketLoad
+from qwen_lora.train.cost.step import Cost, StepModel
 
 MOST_BUCKETS = 12  # whose FLOPs are counted; the others are taken for these
 
@@ -52,73 +50,39 @@ class StepTime:
 
 def find_pace(
     model: StepModel,
-    shape: Shape,
+    cost: Cost,
     tflops: float | None = None,
     tflops_8bit: float | None = None,
     h2d: float | None = None,
-) -> Pace | None:
-    """As named or measured here, where the choice depends on it; None where it does not."""
-    full = Recompute("full")
-    if not model.stays(shape, full):
-        return None
-    cost = model.cost(shape, full)
+) -> Pace:
+    """As named (h2d in GB/s) or measured here; of copies only if `cost` has any."""
     kind = model.settings.base_precision if cost.low_flops else None
-    copies = copy_rate(cost.offloaded, h2d)
-    return Pace(find_rates(model.family, kind, tflops, tflops_8bit), copies)
+    rates = find_rates(model.family, kind, tflops, tflops_8bit)
+    return Pace(rates, copy_rate(cost.traffic + cost.offloaded, h2d))
 
 
 def step_time(
-    model: StepModel,
-    settings: Settings,
-    loads: Sequence[BucketLoad],
-    shape: Shape,
-    choice: Choice,
-    tflops: float | None,
-    tflops_8bit: float | None,
-    h2d: float | None,
+    model: StepModel, loads: Sequence[BucketLoad], choice: Choice, pace: Pace, measured: bool
 ) -> StepTime:
-    """shape: the largest micro-batch. tflops, tflops_8bit, h2d (GB/s): rates as named; None:
-    measured here."""
-    micro_batches, cost = settings.gradient_accumulation_steps, choice.cost
-    flops, low = _mean_flops(model, loads, choice.recompute)
-    rates = find_rates(model.family, settings.base_precision if low else None, tflops, tflops_8bit)
-    traffic = micro_batches * cost.traffic
-    copies = copy_rate(traffic + cost.offloaded, h2d)
-    seconds = rates.seconds(flops, low)
-    forward = seconds * rates.seconds(cost.forward_flops, cost.forward_low)
-    forward /= rates.seconds(cost.flops, cost.low_flops)
-    if copies and cost.offloaded:
-        seconds = waiting_seconds(model, shape, choice.way, forward, seconds - forward, copies)
-    elif copies and choice.way.on_device is not None:
-        seconds = streamed_seconds(
-            model.blocks,
-            choice.way.on_device,
-            forward,
-            seconds - forward,
-            model.block_bytes / copies,
-        )
-    measured = h2d is None and copies is not None
-    return StepTime(
-        micro_batches * flops,
-        micro_batches * low,
-        rates,
-        traffic,
-        micro_batches * cost.offloaded,
-        copies,
-        measured,
-        micro_batches * seconds,
-    )
-
-
-def _mean_flops(
-    model: StepModel, loads: Sequence[BucketLoad], recompute: Recompute
-) -> tuple[float, float]:
-    """Of one micro-batch, over an epoch; and those of them in 8 bits."""
+    """The mean over an epoch. measured: whether the rate of copies is."""
+    micro_batches = model.settings.gradient_accumulation_steps
     some = loads[:MOST_BUCKETS]
-    micro_batches = sum(load.visits / load.batch for load in some)
-    total = low = 0.0
+    flops = low = offloaded = seconds = 0.0
     for load in some:
-        cost = model.cost(load.average(model.family), recompute)
-        total += load.visits / load.batch * cost.flops
-        low += load.visits / load.batch * cost.low_flops
-    return total / micro_batches, low / micro_batches
+        shape, visits = load.average(model.family), load.visits / load.batch
+        cost = cost_of(model, shape, choice.way)
+        flops += visits * cost.flops
+        low += visits * cost.low_flops
+        offloaded += visits * cost.offloaded
+        seconds += visits * pass_seconds(model, shape, choice.way, pace)
+    steps = sum(load.visits / load.batch for load in some) / micro_batches
+    return StepTime(
+        flops / steps,
+        low / steps,
+        pace.rates,
+        micro_batches * choice.cost.traffic,
+        round(offloaded / steps),
+        pace.copies,
+        measured and pace.copies is not None,
+        seconds / steps,
+    )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qwen_lora.train.cost.choice import (
     too_small,
     usable_bytes,
 )
+from qwen_lora.train.cost.copies import copy_rate
 from qwen_lora.train.cost.duration import find_pace, step_time
 from qwen_lora.train.cost.rates import NOMINAL
 from qwen_lora.train.cost.shapes import (
@@ -70,9 +72,12 @@ def estimate(
     load = largest_load(loads, family)
     shape = load.largest(family)
     usable = _usable(memory_gib)
-    pace = find_pace(step_model, shape, tflops, tflops_8bit, h2d)
+    full = step_model.cost(shape, Recompute("full"))
+    pace = find_pace(step_model, full, tflops, tflops_8bit, h2d)
     choice = choose(step_model, shape, usable, pace)
-    time = step_time(step_model, settings, loads, shape, choice, tflops, tflops_8bit, h2d)
+    if choice.cost.traffic and pace.copies is None:
+        pace = replace(pace, copies=copy_rate(choice.cost.traffic, h2d))
+    time = step_time(step_model, loads, choice, pace, measured=h2d is None)
     facts: dict[str, Any] = {
         "model": model.model_id,
         "parameters": step_model.parameters,
@@ -292,7 +297,7 @@ def format_estimate(facts: dict[str, Any]) -> str:
         lines += [*_streaming_lines(facts["table"], facts["blocks"]), ""]
     lines.append(
         "Arithmetic from the model's config. On an H200 the peaks at 512 to 1024 px were "
-        "within 1.5 % of it, in bf16, fp8, int8 and nf4 (2.3 % with all blocks streamed). Cards: "
+        "within 1.5 % of it, in bf16, fp8, int8 and nf4 (2.4 % with all blocks streamed). Cards: "
         "GiB + 5 %, at least 1 GiB, for what is not counted."
     )
     return "\n".join(lines)

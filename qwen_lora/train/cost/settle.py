@@ -63,7 +63,9 @@ def settle_way(
     step_model = StepModel(model, settings, choose_dtype(settings, device), parts)
     load = largest_load(loads, model.family)
     shape = load.largest(model.family)
-    pace = find_pace(step_model, shape) if device.type == "cuda" else None
+    full, pace = Recompute("full"), None
+    if device.type == "cuda" and step_model.stays(shape, full):  # else FLOPs are enough
+        pace = find_pace(step_model, step_model.cost(shape, full))
     choice = choose(step_model, shape, usable_bytes(total, free), pace)
     if not quiet:
         height, width = load.bucket
