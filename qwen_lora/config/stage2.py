@@ -156,7 +156,7 @@ class TrainSettings(Section):
         "none",
         "With several processes, hold the frozen base once for all of them, each a part of every "
         "block (torch's FSDP2), for cards that it does not fit: once for each machine, or once "
-        "for all machines.",
+        "for all machines. Compiled and recomputing, blocks then round a little differently.",
         command="train",
         changes="nothing",
     )
