@@ -49,8 +49,8 @@ WAYS = {
     "selective": "this project, selective recompute",
     "none": "this project, nothing recomputed",
     "compiled-full": "this project, compiled, memory budget 0 (full recompute)",
-    "compiled-some": "this project, compiled, memory budget 0.25",
-    "compiled-offload": "this project, compiled, memory budget 0.25, activations in host memory",
+    "compiled-some": "this project, compiled, some recompute",
+    "compiled-offload": "this project, compiled, some recompute, activations in host memory",
     "compiled-none": "this project, compiled, nothing recomputed",
 }
 
@@ -89,7 +89,7 @@ def make_loop(
     recompute = "full" if way == "plain" else way.removeprefix("compiled-")
     offload = recompute == "offload"
     if recompute in ("some", "offload"):
-        recompute = str(3 * options.layers // 4)
+        recompute = str(options.recompute or 3 * options.layers // 4)
     family.prepare_training(
         model,
         ForwardOptions(
@@ -97,6 +97,7 @@ def make_loop(
             recompute=Recompute.parse(recompute),
             compiled=compiled,
             offload_activations=offload,
+            activations_on_device=options.stay,
         ),
     )
     model.train()
@@ -220,6 +221,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--recompute", type=int, help="blocks, of ways with some recompute")
+    parser.add_argument("--stay", type=int, default=0, help="blocks whose activations stay")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--one-px", type=int, dest="px", help=argparse.SUPPRESS)

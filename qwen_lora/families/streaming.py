@@ -6,8 +6,9 @@ t mod R, so its weights are views that are made once, and only their content com
 is copied back, for nothing changes them. While one block computes, the next one's bytes arrive, in
 the forward pass upwards, in the backward pass downwards.
 
-A streamed block is always recomputed in the backward pass: it reads its weights again then, and
-what autograd keeps of the forward pass refers to none of them.
+A streamed block reads its weights again in the backward pass: as it is recomputed, so that what
+autograd keeps of the forward pass refers to none of them; or, compiled, in a backward pass of its
+own, for which autograd keeps views of the buffers, not what is in them.
 """
 
 from __future__ import annotations
@@ -162,6 +163,19 @@ class BlockStreamer:
                     # Selective recomputation watches every operator; copies are none of its own.
                     self.enter(block, backward=True)
             return run(*args)
+
+        return entered
+
+    def entering(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, of a block that is not recomputed: its backward pass begins with one of its
+        outputs, and is over before an earlier block's begins."""
+
+        def entered(*args: Any) -> Any:
+            outputs = run(*args)
+            others = {arg.grad_fn for arg in args if isinstance(arg, torch.Tensor)}
+            for node in {output.grad_fn for output in outputs} - others - {None}:
+                node.register_prehook(lambda _: self.enter(block, backward=True))
+            return outputs
 
         return entered
 

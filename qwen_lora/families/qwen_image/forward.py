@@ -67,7 +67,7 @@ class OwnForward:
             for dropout in layer.lora_dropout.values()
         )
         # What has a memory budget instead of being run again, and what is run again: LoRA dropout
-        # must come out the same, weights may have left the device.
+        # must come out the same, spread weights have left.
         self._budgeted = options.compiled and not self.draws and not self.sharded
         self._run: Block = run_block
         self._run_again: Block = run_block
@@ -94,7 +94,8 @@ class OwnForward:
         run = self._run_again if again else self._run
         if self.streamer is not None:
             self.streamer.enter(index)
-            run = self.streamer.reentering(index, run)
+            entered = self.streamer.reentering if again else self.streamer.entering
+            run = entered(index, run)
         if again:
             run = _recomputed(run, self)
         if training and self.offload is not None:
@@ -105,10 +106,10 @@ class OwnForward:
         return run
 
     def _runs_again(self, index: int, blocks: int, mixed: bool) -> bool:
-        if self.streamer is not None and index in self.streamer:
-            return True
         if self._budgeted and not mixed:
             return False
+        if self.streamer is not None and index in self.streamer:
+            return True
         if self.compiled and self.recompute.kind == "selective":
             return False  # its graphs compute element-wise work anew by themselves
         return self.recompute.applies_to(index, blocks)
