@@ -35,7 +35,7 @@ from qwen_lora.families.qwen_image.scaled import PRODUCTS
 from qwen_lora.families.streaming import BlockStreamer
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.cost.choice import GIB
-from qwen_lora.train.cost.copies import measure_copies, streamed_seconds
+from qwen_lora.train.cost.copies import Streamed, copying_seconds, measure_copies
 from qwen_lora.train.cost.rates import find_rates
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import Cost, StepModel
@@ -198,8 +198,8 @@ def row(
     predicted = cost.peak - cost.lora + 8 * model.lora_parameters
     seconds = sum(pace)
     if copies:
-        copy = model.block_bytes / copies
-        seconds = streamed_seconds(model.blocks, on_device, *pace, copy)
+        streamed = Streamed(on_device, model.block_bytes / copies)
+        seconds = copying_seconds(model.blocks, *pace, streamed)
     return [
         on_device,
         f"{predicted / GIB:.3f}",

@@ -21,7 +21,7 @@ from qwen_lora.shards.remote.cache import GIB
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.base_model import base_of_all, content
 from qwen_lora.train.checkpoint import Checkpoint, RunFacts, TrainState
-from qwen_lora.train.cost.choice import Way
+from qwen_lora.train.cost.ways import Way
 from qwen_lora.train.data import BatchLoader
 from qwen_lora.train.lora import LoraSpec, add_lora, load_lora_state, lora_state
 from qwen_lora.train.lr_schedule import make_lr_scheduler

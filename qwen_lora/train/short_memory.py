@@ -21,16 +21,15 @@ from qwen_lora.train.cost.choice import (
     AUTO,
     GIB,
     Choice,
-    Way,
     blocks_that_fit,
     choice_of,
     choose,
-    cost_of,
     what_fits,
     with_streaming,
 )
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.cost.ways import Way, cost_of
 from qwen_lora.train.data import LoadedBatch
 from qwen_lora.train.transformer import forward_options
 
@@ -182,7 +181,7 @@ class ShortMemory:
         wanted = blocks_that_fit(model, model.weight_bytes + beside, limit) or 0
         on_device = wanted if held is None else min(held - 1, wanted)
         streamed = model.blocks - on_device
-        return Way(with_streaming(self.way.recompute, streamed), on_device)
+        return Way(with_streaming(self._settings, self.way.recompute, streamed), on_device)
 
     def _collect(self) -> None:
         gc.collect()  # the graph of the pass that failed

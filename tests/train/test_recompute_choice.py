@@ -21,8 +21,6 @@ from qwen_lora.train.compiling import compiler_works, settle_compile
 from qwen_lora.train.cost.choice import (
     GIB,
     RESERVE,
-    Pace,
-    Way,
     blocks_that_fit,
     choice_of,
     choose,
@@ -35,6 +33,7 @@ from qwen_lora.train.cost.rates import Rate, Rates
 from qwen_lora.train.cost.settle import settle_way
 from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.cost.ways import Pace, Way
 from qwen_lora.train.plan import BatchRule, plan_epoch
 from qwen_lora.train.table import PlanTable
 from tests.train.test_step_cost import REAL, like, small, step_model
@@ -70,7 +69,7 @@ def test_what_is_offloaded_is_worth_its_copies(tmp_path: Path) -> None:
         more = dataclasses.replace(choice.way, stay=choice.way.stay + 1)
         assert choice.way.stay == 57 or choice_of(model, SHAPE, more, usable).missing
         pace = Pace(rates, 55e9)
-        assert pace.seconds(model, SHAPE, choice) >= pace.seconds(model, SHAPE, chosen[-1])
+        assert pace.seconds(model, SHAPE, choice.way) >= pace.seconds(model, SHAPE, chosen[-1].way)
     slow = chosen[0]
     assert slow.cost.offloaded == (60 - 3 - slow.way.stay) * (
         model.compiled_bytes(SHAPE, slow.recompute) + model.input_bytes(SHAPE)

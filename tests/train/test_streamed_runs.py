@@ -18,10 +18,11 @@ from qwen_lora.models import resolve_model
 from qwen_lora.posix import free_memory
 from qwen_lora.shards.reader import ShardSet
 from qwen_lora.train.cost import settle
-from qwen_lora.train.cost.choice import GIB, RESERVE, Way, choose, too_small, usable_bytes
+from qwen_lora.train.cost.choice import GIB, RESERVE, choose, too_small, usable_bytes
 from qwen_lora.train.cost.shapes import Shape, bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
 from qwen_lora.train.cost.trace import trace
+from qwen_lora.train.cost.ways import Way
 from qwen_lora.train.plan import BatchRule
 from qwen_lora.train.run import train
 from qwen_lora.train.table import PlanTable

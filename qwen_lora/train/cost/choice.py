@@ -3,18 +3,17 @@ cheapest way that fits its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen_lora.config.schema import Settings
 from qwen_lora.families.base import Recompute
 from qwen_lora.families.offload import COMPILED
 from qwen_lora.families.streaming import RING
-from qwen_lora.train.cost.copies import offloaded_seconds, streamed_seconds
-from qwen_lora.train.cost.rates import Rates
 from qwen_lora.train.cost.shapes import Shape, latent_size
 from qwen_lora.train.cost.step import Cost, StepModel
+from qwen_lora.train.cost.ways import Pace, Way, cost_of
 
 GIB = 1 << 30
 AUTO = "auto"
@@ -22,52 +21,11 @@ SIDES = (512, 768, 1024, 1328)  # px, of the images that are offered
 # Kept free for what is not counted: the driver's context, the libraries' workspaces, gaps between
 # blocks of memory.
 RESERVE, RESERVE_SHARE = GIB, 0.05
-USUAL_SHARE = 0.75  # of the rate of products: what compiled steps reached on an H200
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a step is run."""
-
-    recompute: Recompute
-    on_device: int | None = None  # blocks, while the others are streamed; None: all stay
-    # Where compiled blocks' activations are offloaded: blocks whose stay, besides the last ones.
-    stay: int = 0
-
-    def __str__(self) -> str:
-        parts = [f"recompute {self.recompute}"]
-        if self.on_device is not None:
-            parts.append(f"{self.on_device} blocks on the device")
-        if self.stay:
-            parts.append(f"the activations of {self.stay} blocks not offloaded")
-        return " and ".join(parts)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast this machine is."""
-
-    rates: Rates
-    copies: float | None  # bytes a second between host and device
-
-    def seconds(self, model: StepModel, shape: Shape, choice: Choice) -> float:
-        """Of a forward and backward pass, at a usual share of the rates of products."""
-        return pass_seconds(model, shape, choice.way, self, USUAL_SHARE)
-
-
-def pass_seconds(model: StepModel, shape: Shape, way: Way, pace: Pace, share: float = 1.0) -> float:
-    """Of a forward and backward pass: its FLOPs at a share of the rates of products, and what it
-    waits for copies."""
-    cost = cost_of(model, shape, way)
-    forward = pace.rates.seconds(cost.forward_flops, cost.forward_low) / share
-    backward = pace.rates.seconds(cost.backward_flops, cost.backward_low) / share
-    if pace.copies and cost.offloaded:
-        each = model.compiled_bytes(shape, way.recompute) + model.input_bytes(shape)
-        return offloaded_seconds(model.blocks, way.stay, forward, backward, each / pace.copies)
-    if pace.copies and way.on_device is not None:
-        copy = model.block_bytes / pace.copies
-        return streamed_seconds(model.blocks, way.on_device, forward, backward, copy)
-    return forward + backward
+# Of the blocks, recomputed (compiled ones keep the memory of the others) and streamed: what is
+# tried where they are compiled. Each memory budget takes its time to compile.
+RECOMPUTED = (0.5, 0.75, 0.9)
+RECOMPUTED_OFFLOADED = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+STREAMED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,51 +64,90 @@ def fixed_way(settings: Settings, blocks: int) -> Way | None:
     recompute = fixed_recompute(settings)
     streamed = _streamed(settings, blocks)
     if streamed:
-        return Way(with_streaming(recompute, streamed), blocks - streamed)
+        return Way(with_streaming(settings, recompute, streamed), blocks - streamed)
     return Way(recompute) if recompute is not None else None
 
 
 def choose(model: StepModel, shape: Shape, usable: int | None, pace: Pace | None = None) -> Choice:
     """The way that takes the least time (if no pace is known: the fewest FLOPs) of those whose peak
     fits `usable` bytes with all blocks on the device; if none fits, full recomputation with as many
-    of them there as fit. Settings that name a way are obeyed. Where no limit is known, full with
-    all of them."""
+    of them there as fit. Compiled blocks' weights may also be streamed for the room that is had
+    from it. Settings that name a way are obeyed. Where no limit is known, full with all of them."""
     settings = model.settings
     if usable is None:
         return choice_of(
             model, shape, fixed_way(settings, model.blocks) or Way(Recompute("full")), None
         )
-    fixed = fixed_recompute(settings)
-    if streamed := _streamed(settings, model.blocks):
-        ways = [Recompute("some", streamed), Recompute("full")]
-        if fixed is not None:
-            ways = [with_streaming(fixed, streamed)]
-        choices = [
-            choice_of(model, shape, Way(way, model.blocks - streamed), usable) for way in ways
-        ]
-    else:
-        known = pace is not None and pace.copies is not None
-        ways = [fixed] if fixed is not None else list(_ways(model, shape, usable, known))
-        choices = [_most_staying(model, shape, way, usable) for way in ways]
+    known = pace is not None and pace.copies is not None
+    choices = [_most_staying(model, shape, way, usable) for way in _ways(model, shape, known)]
     fitting = [choice for choice in choices if not choice.missing]
+    can_stream = settings.blocks_on_device == AUTO and settings.own_forward and model.parts == 1
+    if can_stream and known and (model.stays(shape, Recompute("full")) or not fitting):
+        recomputes = [choice.recompute for choice in choices]
+        fitting += [
+            found for found in _trades(model, shape, recomputes, usable) if not found.missing
+        ]
     if fitting:  # the first of several that take as long
         if pace is None:
             return min(fitting, key=lambda choice: choice.cost.flops)
-        return min(fitting, key=lambda choice: pace.seconds(model, shape, choice))
-    can_stream = settings.blocks_on_device == AUTO and settings.own_forward and model.parts == 1
+        return min(fitting, key=lambda choice: pace.seconds(model, shape, choice.way))
     if can_stream and choices[-1].recompute.kind in ("full", "selective"):
         return most_on_device(model, shape, choices[-1].recompute, usable)
     return choices[-1]
 
 
-def _most_staying(model: StepModel, shape: Shape, recompute: Recompute, usable: int) -> Choice:
+def _ways(model: StepModel, shape: Shape, copies_known: bool) -> Iterator[Way]:
+    """With as many blocks on the device as the settings name, or all."""
+    settings = model.settings
+    streamed = _streamed(settings, model.blocks)
+    on_device = model.blocks - streamed if streamed else None
+    fixed = fixed_recompute(settings)
+    if fixed is not None:
+        yield Way(with_streaming(settings, fixed, streamed), on_device)
+    elif streamed and not budgeted(settings):
+        yield Way(Recompute("some", streamed), on_device)
+        yield Way(Recompute("full"), on_device)
+    else:
+        # Not selective: on an H200 it took longer than recomputing whole blocks (docs/speed.md).
+        yield Way(Recompute("none"), on_device)
+        for blocks in _counts(model, copies_known):
+            yield Way(Recompute("some", blocks), on_device)
+        yield Way(Recompute("full"), on_device)
+
+
+def _counts(model: StepModel, copies_known: bool) -> list[int]:
+    """Numbers of recomputed blocks that are tried."""
+    if model.settings.compile_blocks is not True:
+        return list(range(1, model.blocks))
+    shares: tuple[float, ...] = RECOMPUTED
+    if model.settings.offload_activations:
+        # To copy what a budget keeps may take longer than computing it.
+        shares = RECOMPUTED_OFFLOADED if copies_known else ()
+    found = {round(share * model.blocks) for share in shares}
+    return sorted(found - {0, model.blocks})
+
+
+def _most_staying(model: StepModel, shape: Shape, way: Way, usable: int) -> Choice:
     """Where compiled blocks' activations are offloaded, as many stay as fit: the fewest copies."""
-    least = choice_of(model, shape, Way(recompute), usable)
-    if not model.stays(shape, recompute) or least.missing:
+    least = choice_of(model, shape, way, usable)
+    if not model.stays(shape, way.recompute) or least.missing:
         return least
-    each = model.compiled_bytes(shape, recompute) + model.input_bytes(shape)
+    each = model.offloaded_bytes(shape, way.recompute)
     stay = min(max(0, model.blocks - COMPILED), (usable - least.cost.peak) // each)
-    return choice_of(model, shape, Way(recompute, stay=stay), usable)
+    return choice_of(model, shape, replace(way, stay=stay), usable)
+
+
+def _trades(
+    model: StepModel, shape: Shape, recomputes: Sequence[Recompute], usable: int
+) -> Iterator[Choice]:
+    """Compiled blocks with some of their weights in host memory, for room on the device."""
+    if not model.budgeted(shape):
+        return
+    for streamed in sorted({round(share * model.blocks) for share in STREAMED}):
+        if streamed > RING:
+            for recompute in recomputes:
+                way = Way(recompute, model.blocks - streamed)
+                yield _most_staying(model, shape, way, usable)
 
 
 def most_on_device(model: StepModel, shape: Shape, recompute: Recompute, usable: int) -> Choice:
@@ -175,46 +172,26 @@ def choice_of(model: StepModel, shape: Shape, way: Way, usable: int | None) -> C
     return Choice(way, cost_of(model, shape, way), usable)
 
 
-def cost_of(model: StepModel, shape: Shape, way: Way) -> Cost:
-    return model.cost(shape, way.recompute, way.on_device, way.stay)
-
-
 def _streamed(settings: Settings, blocks: int) -> int:
     """Blocks that the settings ask to stream."""
     named = settings.blocks_on_device
     return max(0, blocks - int(named)) if named.isdecimal() else 0
 
 
-def with_streaming(recompute: Recompute | None, streamed: int) -> Recompute:
-    """Streamed blocks are recomputed, whatever else is."""
+def with_streaming(settings: Settings, recompute: Recompute | None, streamed: int) -> Recompute:
+    """Streamed blocks are recomputed, whatever else is, unless compiled ones have a memory
+    budget."""
+    if not streamed or budgeted(settings):
+        return recompute or Recompute("full")
     if recompute is None or recompute.kind == "some":
         return Recompute("full")
     return Recompute("some", streamed) if recompute.kind == "none" else recompute
 
 
-def _ways(model: StepModel, shape: Shape, usable: int, copies_known: bool) -> Iterator[Recompute]:
-    # Not selective: on an H200 it took longer than recomputing whole blocks (docs/speed.md).
-    yield Recompute("none")
-    for blocks in _counts(model, copies_known):
-        some = Recompute("some", blocks)
-        if model.cost(shape, some).peak <= usable:
-            yield some
-            if not model.stays(shape, some):
-                break  # those that recompute more take longer
-    yield Recompute("full")
-
-
-def _counts(model: StepModel, copies_known: bool) -> list[int]:
-    """Numbers of recomputed blocks that are tried. Compiled blocks have few memory budgets: each
-    takes its time to compile."""
-    if model.settings.compile_blocks is not True:
-        return list(range(1, model.blocks))
-    if model.settings.offload_activations:
-        if not copies_known:
-            return []  # to copy what a budget keeps may take longer than computing it
-        return sorted({round(share * model.blocks) for share in (0.5, 0.6, 0.75, 0.9)})
-    found = {round(share * model.blocks) for share in (0.5, 0.75, 0.9)}
-    return sorted(found - {0, model.blocks})
+def budgeted(settings: Settings) -> bool:
+    """Whether blocks keep what a compiler's memory budget allows; a model of few blocks and some
+    batches do not all the same (`StepModel.budgeted`)."""
+    return settings.compile_blocks is True and settings.own_forward and settings.lora_dropout == 0
 
 
 def too_small(model: StepModel, shape: Shape, choice: Choice) -> str:

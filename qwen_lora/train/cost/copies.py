@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -31,67 +32,97 @@ def measure_copies(device: torch.device) -> float | None:
     return SIZE / best
 
 
-def copy_rate(traffic: int, h2d: float | None) -> float | None:
+def copy_rate(copies: bool, h2d: float | None) -> float | None:
     """Bytes a second: as named, or measured on a GPU where something is copied."""
     if h2d is not None:
         return h2d * 1e9
-    if not traffic or not torch.cuda.is_available():
+    if not copies or not torch.cuda.is_available():
         return None
     return measure_copies(torch.device("cuda"))
 
 
-def streamed_seconds(
-    blocks: int, on_device: int, forward: float, backward: float, copy: float
-) -> float:
-    """Of a forward and a backward pass in which streamed blocks' weights come through a ring of
-    buffers, as `BlockStreamer` queues their copies: one behind the other, each as soon as the block
-    that had its buffer is computed. forward, backward: seconds of the passes where nothing is
-    copied; copy: of one block's weights."""
-    streamed = spread(blocks, blocks - on_device)
-    turns = {block: turn for turn, block in enumerate(streamed)}
-    there = dict.fromkeys(range(RING), 0.0)  # turn -> when its copy is over
-    computed = copied = 0.0
-    active: int | None = None
-    for direction, order, seconds in (
-        (1, range(blocks), forward),
-        (-1, reversed(range(blocks)), backward),
-    ):
-        for block in order:
-            turn = turns.get(block)
-            if active is not None and turn != active:
-                ahead = active + direction * RING
-                if 0 <= ahead < len(streamed):
-                    copied = max(copied, computed) + copy
-                    there[ahead] = copied
-            if turn is not None:
-                computed = max(computed, there[turn])
-            computed += seconds / blocks
-            active = turn
-    return computed
+@dataclass(frozen=True)
+class Streamed:
+    """Blocks whose weights come through a ring of buffers."""
+
+    on_device: int  # blocks that stay
+    copy: float  # seconds, of one block's weights
 
 
-def offloaded_seconds(
-    blocks: int, stay: int, forward: float, backward: float, copy: float
+@dataclass(frozen=True)
+class Offloaded:
+    """Compiled blocks whose activations wait in host memory."""
+
+    stay: int  # blocks whose do not leave, besides the last ones
+    copy: float  # seconds, of one block's
+
+
+def copying_seconds(
+    blocks: int,
+    forward: float,
+    backward: float,
+    streamed: Streamed | None = None,
+    offloaded: Offloaded | None = None,
 ) -> float:
-    """Of a forward and a backward pass in which compiled blocks' activations wait in host memory,
-    but those of `stay` blocks and of the last ones. As `ActivationOffload` has it a block begins
-    when those of the third block before it have left; in the backward pass they come back one
-    block ahead. forward, backward: seconds where nothing is copied; copy: of one block's."""
-    others = max(0, blocks - COMPILED)
-    stay = min(stay, others)
-    leaves = [index < others and not among(index, stay, others) for index in range(blocks)]
-    left = [0.0] * blocks
-    computed = copied = 0.0
+    """Of a forward and a backward pass that wait for copies, as `BlockStreamer` and
+    `ActivationOffload` queue them: each begins when what it has to wait for is computed and the
+    ones before it in its direction are over. forward, backward: seconds where nothing is copied."""
+    run = _Run(blocks, streamed, offloaded)
     for block in range(blocks):
-        if block >= COMPILED and leaves[block - COMPILED]:
-            computed = max(computed, left[block - COMPILED])
-        computed += forward / blocks
-        if leaves[block]:
-            copied = left[block] = max(copied, computed) + copy
-    there = [0.0] * blocks
+        run.enter(block, 1)
+        run.let_go(block)
+        run.computed += forward / blocks
+        run.send(block)
     for block in reversed(range(blocks)):
-        computed = max(computed, there[block])
-        if block and leaves[block - 1]:
-            copied = there[block - 1] = max(copied, computed) + copy
-        computed += backward / blocks
-    return computed
+        run.enter(block, -1)
+        run.come_back(block)
+        run.computed += backward / blocks
+    return run.computed
+
+
+class _Run:
+    """The clocks of computing and of copies in both directions, in seconds."""
+
+    def __init__(self, blocks: int, streamed: Streamed | None, offloaded: Offloaded | None) -> None:
+        self.computed = self._to_device = self._to_host = 0.0
+        self._weights = streamed.copy if streamed else 0.0
+        self._streamed = spread(blocks, blocks - streamed.on_device) if streamed else []
+        self._turns = {block: turn for turn, block in enumerate(self._streamed)}
+        self._ready = dict.fromkeys(range(RING), 0.0)  # turn -> when its copy is over
+        self._active: int | None = None
+        self._activations = offloaded.copy if offloaded else 0.0
+        others = max(0, blocks - COMPILED) if offloaded else 0
+        stay = min(offloaded.stay, others) if offloaded else 0
+        self._leaves = {block for block in range(others) if not among(block, stay, others)}
+        self._left: dict[int, float] = {}  # block -> when its activations are in host memory
+        self._back: dict[int, float] = {}
+
+    def enter(self, block: int, direction: int) -> None:
+        """A streamed block waits for its weights; whose block is over has its buffer refilled."""
+        turn = self._turns.get(block)
+        if self._active is not None and turn != self._active:
+            ahead = self._active + direction * RING
+            if 0 <= ahead < len(self._streamed):
+                self._ready[ahead] = self._bring(self._weights)
+        if turn is not None:
+            self.computed = max(self.computed, self._ready[turn])
+        self._active = turn
+
+    def let_go(self, block: int) -> None:
+        """A block begins when the activations of the third before it have left."""
+        self.computed = max(self.computed, self._left.get(block - COMPILED, 0.0))
+
+    def send(self, block: int) -> None:
+        if block in self._leaves:
+            self._to_host = max(self._to_host, self.computed) + self._activations
+            self._left[block] = self._to_host
+
+    def come_back(self, block: int) -> None:
+        """They come one block ahead."""
+        self.computed = max(self.computed, self._back.get(block, 0.0))
+        if block - 1 in self._leaves:
+            self._back[block - 1] = self._bring(self._activations)
+
+    def _bring(self, seconds: float) -> float:
+        self._to_device = max(self._to_device, self.computed) + seconds
+        return self._to_device

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_lora.train.cost.choice import GIB, Choice, Pace, cost_of, pass_seconds
+from qwen_lora.families.base import Recompute
+from qwen_lora.train.cost.choice import GIB, Choice
 from qwen_lora.train.cost.copies import copy_rate
 from qwen_lora.train.cost.rates import Rates, find_rates
-from qwen_lora.train.cost.shapes import BucketLoad
-from qwen_lora.train.cost.step import Cost, StepModel
+from qwen_lora.train.cost.shapes import BucketLoad, Shape
+from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.cost.ways import Pace, cost_of, pass_seconds
 
 MOST_BUCKETS = 12  # whose FLOPs are counted; the others are taken for these
 
@@ -50,15 +52,18 @@ class StepTime:
 
 def find_pace(
     model: StepModel,
-    cost: Cost,
+    shape: Shape,
+    usable: int | None,
     tflops: float | None = None,
     tflops_8bit: float | None = None,
     h2d: float | None = None,
 ) -> Pace:
-    """As named (h2d in GB/s) or measured here; of copies only if `cost` has any."""
+    """As named (h2d in GB/s) or measured here; of copies only where `choose` asks for it."""
+    cost = model.cost(shape, Recompute("full"))
     kind = model.settings.base_precision if cost.low_flops else None
     rates = find_rates(model.family, kind, tflops, tflops_8bit)
-    return Pace(rates, copy_rate(cost.traffic + cost.offloaded, h2d))
+    streams = model.budgeted(shape) and usable is not None and cost.peak > usable
+    return Pace(rates, copy_rate(bool(cost.offloaded) or streams, h2d))
 
 
 def step_time(

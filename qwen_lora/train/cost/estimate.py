@@ -72,11 +72,10 @@ def estimate(
     load = largest_load(loads, family)
     shape = load.largest(family)
     usable = _usable(memory_gib)
-    full = step_model.cost(shape, Recompute("full"))
-    pace = find_pace(step_model, full, tflops, tflops_8bit, h2d)
+    pace = find_pace(step_model, shape, usable, tflops, tflops_8bit, h2d)
     choice = choose(step_model, shape, usable, pace)
     if choice.cost.traffic and pace.copies is None:
-        pace = replace(pace, copies=copy_rate(choice.cost.traffic, h2d))
+        pace = replace(pace, copies=copy_rate(True, h2d))
     time = step_time(step_model, loads, choice, pace, measured=h2d is None)
     facts: dict[str, Any] = {
         "model": model.model_id,

@@ -18,7 +18,6 @@ from qwen_lora.train.cost.choice import (
     AUTO,
     GIB,
     Choice,
-    Way,
     choose,
     fixed_way,
     too_small,
@@ -28,6 +27,7 @@ from qwen_lora.train.cost.copies import measure_copies
 from qwen_lora.train.cost.duration import find_pace
 from qwen_lora.train.cost.shapes import bucket_loads, largest_load
 from qwen_lora.train.cost.step import StepModel
+from qwen_lora.train.cost.ways import Way
 from qwen_lora.train.plan import BatchRule
 from qwen_lora.train.sharding import shards_of_base
 from qwen_lora.train.table import PlanTable
@@ -63,10 +63,10 @@ def settle_way(
     step_model = StepModel(model, settings, choose_dtype(settings, device), parts)
     load = largest_load(loads, model.family)
     shape = load.largest(model.family)
-    full, pace = Recompute("full"), None
-    if device.type == "cuda" and step_model.stays(shape, full):  # else FLOPs are enough
-        pace = find_pace(step_model, step_model.cost(shape, full))
-    choice = choose(step_model, shape, usable_bytes(total, free), pace)
+    usable, pace = usable_bytes(total, free), None
+    if device.type == "cuda" and step_model.budgeted(shape):  # else FLOPs are enough
+        pace = find_pace(step_model, shape, usable)
+    choice = choose(step_model, shape, usable, pace)
     if not quiet:
         height, width = load.bucket
         print(

@@ -138,7 +138,7 @@ class StepModel:
             recompute = Recompute("full")
         if recompute.kind == "some" and recompute.blocks == 0:
             recompute = Recompute("none")
-        if self._budgeted(shape):
+        if self.budgeted(shape):
             found = self._compiled(shape, recompute, stay)
         elif recompute.kind == "some" and self.blocks > FEW + 1:
             found = self._some(shape, recompute.blocks)
@@ -148,7 +148,7 @@ class StepModel:
         gone = max(0, streamed - RING) * self.block_bytes
         offloaded = 0
         if self.stays(shape, recompute):
-            each = self.compiled_bytes(shape, recompute) + self.input_bytes(shape)
+            each = self.offloaded_bytes(shape, recompute)
             offloaded = max(0, self.blocks - COMPILED - stay) * each
         return Cost(
             weights=self.weight_bytes - gone,
@@ -186,7 +186,7 @@ class StepModel:
             peaks.append(full.peak - full.kept)
         return replace(found, peak=found.kept + max(peaks))
 
-    def _budgeted(self, shape: Shape) -> bool:
+    def budgeted(self, shape: Shape) -> bool:
         """Whether blocks keep what a compiler's memory budget allows. A batch of different caption
         lengths is not counted so: it takes no more than without the compiler."""
         settings = self.settings
@@ -219,7 +219,7 @@ class StepModel:
 
     def stays(self, shape: Shape, recompute: Recompute) -> bool:
         """Whether some blocks' activations may stay while others' leave."""
-        return self._budgeted(shape) and self.offloads(recompute)
+        return self.budgeted(shape) and self.offloads(recompute)
 
     def compiled_bytes(self, shape: Shape, recompute: Recompute) -> int:
         """What one compiled block keeps besides its inputs."""
@@ -237,6 +237,10 @@ class StepModel:
                     budget,
                 )
         return self._kept[key]
+
+    def offloaded_bytes(self, shape: Shape, recompute: Recompute) -> int:
+        """Of one compiled block, what leaves for host memory."""
+        return self.compiled_bytes(shape, recompute) + self.input_bytes(shape)
 
     def input_bytes(self, shape: Shape) -> int:
         """Of one block: what full recomputation keeps of it where nothing is offloaded."""
