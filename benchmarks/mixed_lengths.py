@@ -1,6 +1,7 @@
 """Captions of different lengths in one batch: what they cost beside equal ones of as many tokens.
 
 python benchmarks/mixed_lengths.py [--px N] [--layers N] [--heads N] [--batch N] [--repeats N]
+                                   [--compile]
 
 Forward and backward of a random transformer with a LoRA, on this machine's device. diffusers pads
 the shorter prompts and masks attention; this project runs each sample's attention by itself.
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="mean length")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="this project's blocks")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
@@ -69,7 +71,8 @@ def main() -> None:
         dtype = getattr(torch, options.dtype)
         transformer = make_transformer(config, device, dtype, tabled=False)
         add_lora(transformer, LoraSpec.from_settings(Settings(rank=8)), FAMILY, seed=0)
-        FAMILY.prepare_training(transformer, ForwardOptions(own, Recompute("none")))
+        compiled = own and options.compile
+        FAMILY.prepare_training(transformer, ForwardOptions(own, Recompute("none"), compiled))
         ways[f"{name}, equal"] = make_pass(options, transformer, equal, device)
         ways[f"{name}, mixed"] = make_pass(options, transformer, mixed, device)
     taken = take_turns(ways, options.repeats)

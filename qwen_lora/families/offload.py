@@ -3,7 +3,7 @@
 
 A checkpointed block's inputs leave for the host while it computes; what a compiled block keeps is
 there when it has computed, and leaves during the next two. In the backward pass they come back one
-block ahead. Host memory is taken once and used again.
+block ahead, and of compiled ones two. Host memory is taken once and used again.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ class ActivationOffload:
                 CUDA.current_stream(self.device).wait_event(block.arrived)
         found, packed.here = packed.here, None
         assert found is not None, "used twice, and its memory was given away"
-        if (ahead := self._blocks.get(block.index - 1)) is not None:
-            self._fetch(ahead)
+        for ahead in range(1, 2 if self._shared is None else COMPILED):
+            if (earlier := self._blocks.get(block.index - ahead)) is not None:
+                self._fetch(earlier)
         return found
 
     def _fetch(self, block: _Block) -> None:

@@ -25,6 +25,9 @@ from qwen_lora.families.base import among
 from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
 
 RING = 2  # buffers: one in use, one that is filled
+CHUNK = (
+    1 << 26
+)  # bytes of one copy: those of activations, which are waited for sooner, come between
 ALIGNED = 64  # bytes; every type and every kernel may start there
 
 
@@ -197,7 +200,8 @@ class BlockStreamer:
         else:
             self._stream.wait_stream(CUDA.current_stream(self.device))
             with CUDA.stream(self._stream):
-                copy(buffer, host)
+                for begin in range(0, host.numel(), CHUNK):
+                    copy(buffer[begin : begin + CHUNK], host[begin : begin + CHUNK])
                 self._filled[number].record(self._stream)
         self._holds[number] = turn
         self.copied_bytes += host.numel()

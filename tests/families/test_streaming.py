@@ -376,12 +376,13 @@ def test_loading_puts_blocks_on_the_host(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
 @pytest.mark.parametrize(
-    ("way", "on_device", "offloaded", "lengths"),
+    ("way", "on_device", "offloaded", "lengths", "late"),
     [
-        ("full", 0, False, (5, 5)),
-        ("none", 3, False, (5, 5)),
-        ("3", 2, True, (5, 5)),
-        ("3", 2, True, (5, 3)),
+        ("full", 0, False, (5, 5), False),
+        ("none", 3, False, (5, 5), True),
+        ("3", 2, True, (5, 5), False),
+        ("3", 2, True, (5, 5), True),
+        ("3", 2, True, (5, 3), False),
     ],
 )
 def test_compiled_blocks_are_streamed(
@@ -392,9 +393,10 @@ def test_compiled_blocks_are_streamed(
     on_device: int,
     offloaded: bool,
     lengths: tuple[int, ...],
+    late: bool,
 ) -> None:
     """Not a bit differs where captions are of one length; a mixed batch's streamed blocks are run
-    again as a whole, which rounds otherwise."""
+    again as a whole, which rounds otherwise. late: with copies that come as late as they may."""
     monkeypatch.setattr(offload, "LARGE", 1024)  # the tiny model's tensors are small
     torch._dynamo.reset()  # the other ways' graphs count towards the limit, past which none is used
 
@@ -409,8 +411,10 @@ def test_compiled_blocks_are_streamed(
         return trained(step, steps=2)
 
     expected = run("a", None, False)
-    streamer_is(Poisoned)
+    copies = copies_are_late(monkeypatch) if late else None
+    streamer_is(BlockStreamer if late else Poisoned)
     found = run("b", on_device, offloaded)
+    assert copies is None or copies.late
     if len(set(lengths)) == 1:
         check_equal(found, expected)
     apart = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()

@@ -66,7 +66,7 @@ def copying_seconds(
 ) -> float:
     """Of a forward and a backward pass that wait for copies, as `BlockStreamer` and
     `ActivationOffload` queue them: each begins when what it has to wait for is computed and the
-    ones before it in its direction are over. forward, backward: seconds where nothing is copied."""
+    ones of its kind before it are over. forward, backward: seconds where nothing is copied."""
     run = _Run(blocks, streamed, offloaded)
     for block in range(blocks):
         run.enter(block, 1)
@@ -84,7 +84,8 @@ class _Run:
     """The clocks of computing and of copies in both directions, in seconds."""
 
     def __init__(self, blocks: int, streamed: Streamed | None, offloaded: Offloaded | None) -> None:
-        self.computed = self._to_device = self._to_host = 0.0
+        self.computed = self._to_host = 0.0
+        self._to_device = Bus()
         self._weights = streamed.copy if streamed else 0.0
         self._streamed = spread(blocks, blocks - streamed.on_device) if streamed else []
         self._turns = {block: turn for turn, block in enumerate(self._streamed)}
@@ -103,7 +104,7 @@ class _Run:
         if self._active is not None and turn != self._active:
             ahead = self._active + direction * RING
             if 0 <= ahead < len(self._streamed):
-                self._ready[ahead] = self._bring(self._weights)
+                self._ready[ahead] = self._to_device.copy(0, self.computed, self._weights)
         if turn is not None:
             self.computed = max(self.computed, self._ready[turn])
         self._active = turn
@@ -118,11 +119,25 @@ class _Run:
             self._left[block] = self._to_host
 
     def come_back(self, block: int) -> None:
-        """They come one block ahead."""
-        self.computed = max(self.computed, self._back.get(block, 0.0))
-        if block - 1 in self._leaves:
-            self._back[block - 1] = self._bring(self._activations)
+        """They come two blocks ahead."""
+        for earlier in range(block, max(-1, block - COMPILED), -1):
+            if earlier in self._leaves and earlier not in self._back:
+                copied = self._to_device.copy(1, self.computed, self._activations)
+                self._back[earlier] = copied
+            if earlier == block:
+                self.computed = max(self.computed, self._back.get(block, 0.0))
 
-    def _bring(self, seconds: float) -> float:
-        self._to_device = max(self._to_device, self.computed) + seconds
-        return self._to_device
+
+class Bus:
+    """Copies in one direction, of two queues that share its rate while both have some."""
+
+    def __init__(self) -> None:
+        self._over = [0.0, 0.0]  # when the last of each queue will be copied
+
+    def copy(self, queue: int, now: float, seconds: float) -> float:
+        """When a copy that is queued now, and takes so long alone, will be over."""
+        begun = max(self._over[queue], now)
+        shared = min(seconds, max(0.0, self._over[1 - queue] - begun))
+        self._over[queue] = begun + seconds + shared
+        self._over[1 - queue] += shared
+        return self._over[queue]
