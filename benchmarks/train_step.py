@@ -98,6 +98,7 @@ def make_loop(
             compiled=compiled,
             offload_activations=offload,
             activations_on_device=options.stay,
+            blocks_on_device=options.on_device if offload else None,
         ),
     )
     model.train()
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recompute", type=int, help="blocks, of ways with some recompute")
     parser.add_argument("--stay", type=int, default=0, help="blocks whose activations stay")
+    parser.add_argument("--on-device", type=int, help="blocks, the others are streamed")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--one-px", type=int, dest="px", help=argparse.SUPPRESS)
