@@ -44,6 +44,8 @@ def our_loop(
     optimizer, flat = build_optimizer(named, settings)
     if flat is not None:
         flat.make_state(optimizer)
+        if hasattr(model, "own_forward"):
+            flat.cast_together(model)
     rule = BatchRule(train_batch_size=batch, micro_batches_per_step=1, seed=0)
     table = PlanTable.from_sets([shards])
     on_gpu = accelerator.device.type == "cuda"

@@ -239,6 +239,8 @@ def build_trainable(
     optimizer, flat = memory.optimizer(
         "the LoRA's gradients", lambda: build_optimizer(parameters, settings)
     )
+    if flat is not None:
+        flat.cast_together(transformer)
     scheduler = make_lr_scheduler(optimizer, settings)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
 

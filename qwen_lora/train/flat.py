@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qwen_lora.errors import QwenLoraError
+from qwen_lora.families.lora_cast import LoraCast
 from qwen_lora.train.gradients import FlatGradients, begins
 
 # torch's fused AdamW on a CPU takes 16 numbers at a time and rounds what is left over differently.
@@ -28,7 +29,7 @@ class FlatLora:
     optimizer, and its gradient all of theirs; zeros stand between them and stay zeros."""
 
     def __init__(self, named: NamedParameters) -> None:
-        parameters = [parameter for _, parameter in named]
+        self._parameters = parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
         self._shapes = [parameter.shape for parameter in parameters]
         *self._begins, end = begins(parameters)
@@ -39,6 +40,10 @@ class FlatLora:
             view = self._part(self.weight.detach(), number)
             view.copy_(parameter.detach())
             parameter.data = view
+
+    def cast_together(self, transformer: Any) -> None:
+        """For the family's own forward pass, of which these are the LoRA."""
+        transformer.lora_cast = LoraCast(transformer, self.weight, self._parameters, self._begins)
 
     def make_state(self, optimizer: torch.optim.Optimizer) -> None:
         """What AdamW would make in its first step, before it: then no memory is asked for in the

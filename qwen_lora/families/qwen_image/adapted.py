@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
+from qwen_lora.families.lora_cast import cast_weight
 from qwen_lora.families.modules import ADAPTER
 from qwen_lora.families.qwen_image.scaled import ScaledLinear, shared_rows
 
@@ -33,16 +34,15 @@ def project(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
 
     if not adapted:
         return [alone(layer) for layer in layers]
-    downs = [layer.lora_A[ADAPTER].weight for layer in adapted]  # [r, in] float32 each
-    joined = downs[0] if len(downs) == 1 else torch.cat(downs)
-    small = F.linear(flat, joined.to(x.dtype))  # [tokens, sum of r]
+    downs = [cast_weight(layer.lora_A[ADAPTER], x.dtype) for layer in adapted]  # [r, in] each
+    small = F.linear(flat, downs[0] if len(downs) == 1 else torch.cat(downs))  # [tokens, sum of r]
     parts = iter(torch.split(small, [down.shape[0] for down in downs], dim=1))
     outputs = []
     for layer in layers:
         if not _is_plain_lora(layer):
             outputs.append(alone(layer))
             continue
-        base, up = layer.base_layer, layer.lora_B[ADAPTER].weight.to(x.dtype)
+        base, up = layer.base_layer, cast_weight(layer.lora_B[ADAPTER], x.dtype)
         scaling = layer.scaling[ADAPTER]
         if torch.compiler.is_compiling():
             # The sum goes into the kernel that reads it; an addmm would copy its first argument.

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 )
 
 from qwen_lora.families.base import ForwardOptions, among
+from qwen_lora.families.lora_cast import LoraCast
 from qwen_lora.families.modules import ADAPTER
 from qwen_lora.families.offload import CHECKPOINTED, COMPILED, ActivationOffload
 from qwen_lora.families.qwen_image.blocks import (
@@ -78,10 +79,13 @@ class OwnForward:
             self._run_again = CompiledBlock(1.0)
             self._run = CompiledBlock(budget) if self._budgeted else self._run_again
 
-    def begin(self, rotations: Rotations) -> None:
-        """A pass begins in which all blocks share these rotations."""
+    def begin(self, rotations: Rotations, loras: LoraCast | None, dtype: torch.dtype) -> None:
+        """A pass begins in which all blocks share these rotations. loras: for weights in `dtype`
+        that are cast together."""
+        cast = None if loras is None else loras.begin(dtype)
         if self.offload is not None and self._budgeted:
-            self._shared = self._weights | _storages((*rotations.image, *rotations.text))
+            shared = [*rotations.image, *rotations.text, *([] if cast is None else [cast])]
+            self._shared = self._weights | _storages(shared)
         for part in (self.streamer, self.offload):
             if part is not None:
                 part.begin()
@@ -140,7 +144,7 @@ def predict(
         for stream in (image, text):
             if not stream.requires_grad:
                 stream.requires_grad_()
-    how.begin(rotations)
+    how.begin(rotations, getattr(transformer, "lora_cast", None), image.dtype)
     for index, block in enumerate(transformer.transformer_blocks):
         run = how.way(index, last + 1, mixed=lengths is not None)
         rest = (partial(rows, index), rotations, owner, lengths, index == last)

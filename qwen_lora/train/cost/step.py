@@ -38,7 +38,7 @@ class Cost:
     """Of one forward and backward pass; bytes on one device."""
 
     weights: int
-    lora: int  # parameters, gradients, optimizer state
+    lora: int  # parameters, gradients, optimizer state, weights in the compute type
     activations: int  # kept for the backward pass, and the micro-batch itself
     workspace: int  # what comes on top of that at the worst moment
     forward_flops: int
@@ -120,6 +120,13 @@ class StepModel:
         """float32 parameters and gradients, and what the optimizer keeps."""
         return 8 * self.lora_parameters + self.state_bytes
 
+    @property
+    def cast_bytes(self) -> int:
+        """The LoRA's weights as blocks take them (`FlatLora.cast_together`)."""
+        together = self.settings.own_forward and self.settings.optimizer == "adamw"
+        wide = self.dtype == torch.float32
+        return self.dtype.itemsize * self.lora_parameters if together and not wide else 0
+
     @cached_property
     def state_bytes(self) -> int:
         """What the optimizer keeps; one that this project does not know is taken for AdamW."""
@@ -152,7 +159,7 @@ class StepModel:
             offloaded = max(0, self.blocks - COMPILED - stay) * each
         return Cost(
             weights=self.weight_bytes - gone,
-            lora=self.lora_bytes,
+            lora=self.lora_bytes + self.cast_bytes,
             activations=found.kept,
             workspace=found.peak - found.kept,
             forward_flops=found.forward_flops,
