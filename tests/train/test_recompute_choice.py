@@ -24,6 +24,7 @@ from qwen_lora.train.cost.choice import (
     blocks_that_fit,
     choice_of,
     choose,
+    most_on_device,
     too_small,
     usable_bytes,
     what_fits,
@@ -75,6 +76,26 @@ def test_what_is_offloaded_is_worth_its_copies(tmp_path: Path) -> None:
         model.compiled_bytes(SHAPE, slow.recompute) + model.input_bytes(SHAPE)
     )
     assert str(choose(model, SHAPE, usable).recompute) == "full"
+
+
+@pytest.mark.filterwarnings("ignore")  # many, inside torch.compile
+def test_streamed_weights_make_room_for_what_compiled_blocks_keep(tmp_path: Path) -> None:
+    """At 1024 px on 20 GB: where copies are fast enough that it is worth it, and without a pace
+    never."""
+    model = step_model(tmp_path, torch.bfloat16, REAL, compile_blocks=True)
+    usable, rates = usable_bytes(20 * GIB), Rates(Rate(200e12, "given"), None)
+    most = most_on_device(model, SHAPE, Recompute("full"), usable)
+    assert choose(model, SHAPE, usable).way == most.way
+    for copies, trades in ((5e9, False), (100e9, True)):
+        pace = Pace(rates, copies)
+        choice = choose(model, SHAPE, usable, pace)
+        assert not choice.missing and (choice.way != most.way) == trades
+        share = pace.seconds(model, SHAPE, choice.way) / pace.seconds(model, SHAPE, most.way)
+        assert share < 0.95 if trades else share == 1
+        if trades:
+            assert choice.way.on_device is not None and most.way.on_device is not None
+            assert choice.way.on_device < most.way.on_device
+            assert choice.recompute.budget(model.blocks) > 0
 
 
 def test_each_way_is_chosen_down_to_its_last_byte(real: StepModel) -> None:

@@ -25,6 +25,8 @@ RESERVE, RESERVE_SHARE = GIB, 0.05
 # tried where they are compiled. Each memory budget takes its time to compile.
 RECOMPUTED = (0.5, 0.75, 0.9)
 RECOMPUTED_OFFLOADED = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+# Of the time: on an H200 a streamed block cost 1 to 3 ms even where its copy was hidden.
+WORTH = 0.95
 STREAMED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
@@ -71,27 +73,27 @@ def fixed_way(settings: Settings, blocks: int) -> Way | None:
 def choose(model: StepModel, shape: Shape, usable: int | None, pace: Pace | None = None) -> Choice:
     """The way that takes the least time (if no pace is known: the fewest FLOPs) of those whose peak
     fits `usable` bytes with all blocks on the device; if none fits, full recomputation with as many
-    of them there as fit. Compiled blocks' weights may also be streamed for the room that is had
-    from it. Settings that name a way are obeyed. Where no limit is known, full with all of them."""
+    of them there as fit, or of compiled blocks fewer of them and more of what they keep. Settings
+    that name a way are obeyed. Where no limit is known, full with all of them."""
     settings = model.settings
     if usable is None:
         return choice_of(
             model, shape, fixed_way(settings, model.blocks) or Way(Recompute("full")), None
         )
-    known = pace is not None and pace.copies is not None
-    choices = [_most_staying(model, shape, way, usable) for way in _ways(model, shape, known)]
+    choices = [
+        _most_staying(model, shape, way, usable)
+        for way in _ways(model, shape, pace is not None and pace.copies is not None)
+    ]
     fitting = [choice for choice in choices if not choice.missing]
-    can_stream = settings.blocks_on_device == AUTO and settings.own_forward and model.parts == 1
-    if can_stream and known and (model.stays(shape, Recompute("full")) or not fitting):
-        recomputes = [choice.recompute for choice in choices]
-        fitting += [
-            found for found in _trades(model, shape, recomputes, usable) if not found.missing
-        ]
     if fitting:  # the first of several that take as long
         if pace is None:
             return min(fitting, key=lambda choice: choice.cost.flops)
         return min(fitting, key=lambda choice: pace.seconds(model, shape, choice.way))
-    if can_stream and choices[-1].recompute.kind in ("full", "selective"):
+    if settings.blocks_on_device != AUTO or not settings.own_forward or model.parts > 1:
+        return choices[-1]
+    if pace is not None and pace.copies is not None and model.budgeted(shape):
+        return _trade(model, shape, [choice.recompute for choice in choices], usable, pace)
+    if choices[-1].recompute.kind in ("full", "selective"):
         return most_on_device(model, shape, choices[-1].recompute, usable)
     return choices[-1]
 
@@ -137,17 +139,24 @@ def _most_staying(model: StepModel, shape: Shape, way: Way, usable: int) -> Choi
     return choice_of(model, shape, replace(way, stay=stay), usable)
 
 
-def _trades(
-    model: StepModel, shape: Shape, recomputes: Sequence[Recompute], usable: int
-) -> Iterator[Choice]:
-    """Compiled blocks with some of their weights in host memory, for room on the device."""
-    if not model.budgeted(shape):
-        return
-    for streamed in sorted({round(share * model.blocks) for share in STREAMED}):
-        if streamed > RING:
-            for recompute in recomputes:
-                way = Way(recompute, model.blocks - streamed)
-                yield _most_staying(model, shape, way, usable)
+def _trade(
+    model: StepModel, shape: Shape, recomputes: Sequence[Recompute], usable: int, pace: Pace
+) -> Choice:
+    """As many compiled blocks on the device as fit with the most recomputation, or fewer for what
+    others keep where that takes clearly less time."""
+
+    def seconds(choice: Choice) -> float:
+        return pace.seconds(model, shape, choice.way)
+
+    most = most_on_device(model, shape, recomputes[-1], usable)
+    found = [
+        _most_staying(model, shape, Way(recompute, model.blocks - streamed), usable)
+        for streamed in sorted({round(share * model.blocks) for share in STREAMED})
+        for recompute in recomputes
+        if streamed > RING
+    ]
+    best = min((each for each in found if not each.missing), key=seconds, default=most)
+    return best if most.missing or seconds(best) < WORTH * seconds(most) else most
 
 
 def most_on_device(model: StepModel, shape: Shape, recompute: Recompute, usable: int) -> Choice:
