@@ -43,7 +43,9 @@ class FlatLora:
 
     def cast_together(self, transformer: Any) -> None:
         """For the family's own forward pass, of which these are the LoRA."""
-        transformer.lora_cast = LoraCast(transformer, self.weight, self._parameters, self._begins)
+        transformer.lora_cast = LoraCast(
+            transformer, self.weight, self.gradients.numbers, self._parameters, self._begins
+        )
 
     def make_state(self, optimizer: torch.optim.Optimizer) -> None:
         """What AdamW would make in its first step, before it: then no memory is asked for in the

@@ -82,9 +82,9 @@ class OwnForward:
     def begin(self, rotations: Rotations, loras: LoraCast | None, dtype: torch.dtype) -> None:
         """A pass begins in which all blocks share these rotations. loras: for weights in `dtype`
         that are cast together."""
-        cast = None if loras is None else loras.begin(dtype)
+        cast = [] if loras is None else loras.begin(dtype)
         if self.offload is not None and self._budgeted:
-            shared = [*rotations.image, *rotations.text, *([] if cast is None else [cast])]
+            shared = [*rotations.image, *rotations.text, *cast]
             self._shared = self._weights | _storages(shared)
         for part in (self.streamer, self.offload):
             if part is not None:
