@@ -12,7 +12,9 @@ import torch
 import torch._dynamo
 from random_sets import MakeSettings
 
-from qwen_lora.families.qwen_image import scaled
+from qwen_lora.families import offload
+from qwen_lora.families.offload import ActivationOffload
+from qwen_lora.families.qwen_image import forward, scaled
 from qwen_lora.train.metrics import read_metrics
 from qwen_lora.train.run import TrainResult, train
 
@@ -140,3 +142,37 @@ def test_a_compiled_run_makes_two_graphs(run: Any, deep_model: Path) -> None:
     assert len(measured[0]) == 3
     np.testing.assert_allclose(measured[1], measured[0], rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # many, all inside torch.compile
+@pytest.mark.parametrize("recompute", ["2", "full"])
+def test_a_compiled_run_from_host_memory(
+    run: Any, deep_model: Path, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of four blocks' weights, and what blocks keep but for the last ones: the same LoRA."""
+    monkeypatch.setattr(offload, "LARGE", 1024)  # the tiny model's tensors are small
+    monkeypatch.setattr(offload, "COMPILED", 1)  # of four blocks three would stay
+    monkeypatch.setattr(forward, "COMPILED", 1)
+    how = {
+        "pretrained_model_name_or_path": str(deep_model),
+        "train_batch_size": 1,
+        "max_train_steps": 12,
+        "mixed_precision": "bf16",
+        "compile_blocks": True,
+        "gradient_checkpointing": True,
+        "recompute": recompute,
+    }
+    left: list[int] = []
+    send = ActivationOffload._send
+
+    def watched(self: ActivationOffload, block: Any, there: Any) -> None:
+        left.append(block.index)
+        send(self, block, there)
+
+    monkeypatch.setattr(ActivationOffload, "_send", watched)
+    expected = run("there", **how)
+    assert not left
+    found = run("host", blocks_on_device="1", offload_activations=True, **how)
+    assert set(left) == {0, 1, 2}
+    assert found.lora.read_bytes() == expected.lora.read_bytes()
