@@ -68,6 +68,10 @@ SMALLEST = {
         *("--steps", "1", "--warm-up", "0", "--repeats", "1", "--ways", "selective"),
     ],
     "trainer_overhead.py": ["--px", "128", "--steps", "4", "--repeats", "1"],
+    "waiting.py": [
+        *("--width", "1", "--blocks", "3", "--px", "32", "--text", "4", "--rank", "2"),
+        *("--ways", "full", "offload+on1"),
+    ],
     "vae_encode.py": ["--px", "32", "--repeats", "1", "--base-dim", "16"],
 }
 
