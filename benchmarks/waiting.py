@@ -175,8 +175,8 @@ def main() -> None:
             table.append(report(way.name, seconds, *record(passes, on_gpu), options.rows))
             gc.collect()
     print_table(
-        f"this project, {options.px} px, {options.base}, {options.blocks} blocks of {options.width} heads, rank "
-        f"{options.rank}, a pass",
+        f"this project, {options.px} px, {options.base}, {options.blocks} blocks of "
+        f"{options.width} heads, rank {options.rank}, a pass",
         ["", "s", "kernels s", "gaps s", "host s", "kernels", "to device s", "to host s"],
         table,
     )
