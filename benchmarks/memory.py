@@ -156,25 +156,43 @@ def make_model(model: StepModel, device: torch.device) -> torch.nn.Module:
     return trained
 
 
+def prepare(model: StepModel, transformer: torch.nn.Module, way: Way) -> None:
+    """A block that has left does not come back: ways that stream more come last."""
+    _dynamo.reset()
+    how = ForwardOptions(
+        recompute=way.recompute,
+        compiled=way.compiled,
+        offload_activations=way.offload,
+        activations_on_device=way.stay,
+        blocks_on_device=way.on_device,
+    )
+    model.family.prepare_training(transformer, how)
+
+
+def make_passes(
+    model: StepModel, transformer: torch.nn.Module, px: int, options: argparse.Namespace
+) -> Passes:
+    """With the fastest attention."""
+    shape = Shape((px // 8, px // 8), (options.text,) * options.batch)
+    passes = Passes(model, transformer, shape)
+    device, tokens = passes.latents.device, model.family.image_tokens(shape.latent_size)
+    heads = (options.batch, options.width, tokens + options.text, 128)
+    use_attention(choose_attention("auto", device, measure_on(device, model.dtype, heads)))
+    gc.collect()
+    torch.cuda.empty_cache()
+    return passes
+
+
 def measure(
     folder: ModelFolder, base: str, ways: list[Way], options: argparse.Namespace
 ) -> list[list[object]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[list[object]] = []
     transformer = None
-    # A block that has left does not come back: those that stream more come last.
     for way in sorted(ways, key=lambda way: -(way.on_device or options.blocks)):
         model = StepModel(folder, way.settings(options, base), torch.bfloat16)
         transformer = transformer or make_model(model, device)
-        _dynamo.reset()
-        how = ForwardOptions(
-            recompute=way.recompute,
-            compiled=way.compiled,
-            offload_activations=way.offload,
-            activations_on_device=way.stay,
-            blocks_on_device=way.on_device,
-        )
-        model.family.prepare_training(transformer, how)
+        prepare(model, transformer, way)
         for px in options.px:
             rows.append([base, *one(model, transformer, way, px, options)])
             print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
@@ -189,15 +207,9 @@ def one(
     options: argparse.Namespace,
 ) -> list[object]:
     """A row of the table: one size, one way."""
-    shape = Shape((px // 8, px // 8), (options.text,) * options.batch)
-    passes = Passes(model, transformer, shape)
-    heads = (options.batch, options.width, (px // 16) ** 2 + options.text, 128)
-    device = passes.latents.device
-    use_attention(choose_attention("auto", device, measure_on(device, model.dtype, heads)))
-    gc.collect()
-    torch.cuda.empty_cache()
+    passes = make_passes(model, transformer, px, options)
     found, seconds = passes.measure()
-    cost = model.cost(shape, way.recompute, way.on_device, way.stay)
+    cost = model.cost(passes.shape, way.recompute, way.on_device, way.stay)
     # The meta device has not run the loop's optimizer, and neither has this.
     predicted = cost.peak - cost.lora + 8 * model.lora_parameters
     known = "" if found is None else f"{100 * (predicted / found - 1):+.1f} %"

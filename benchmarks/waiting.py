@@ -14,7 +14,6 @@ stand for kernels.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 from collections import Counter
@@ -24,14 +23,10 @@ from typing import Any
 
 import torch
 from common import machine, print_table
-from memory import Passes, Way, make_model, model_folder
+from memory import Passes, Way, make_model, make_passes, model_folder, prepare
 from random_model import BASES
-from torch import _dynamo
 from torch.profiler import ProfilerActivity, profile
 
-from qwen_lora.families.base import ForwardOptions
-from qwen_lora.train.attention import choose_attention, measure_on, use_attention
-from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import StepModel
 
 PASSES = 2
@@ -150,30 +145,16 @@ def main() -> None:
     if on_gpu:
         print(f"GPU: {torch.cuda.get_device_name()}")
     transformer, table = None, []
-    # A block that has left does not come back: those that stream more come last.
     ways = sorted(map(Way.parse, options.ways), key=lambda w: -(w.on_device or options.blocks))
     with tempfile.TemporaryDirectory() as name:
         folder = model_folder(Path(name), options.width, options.blocks)
         for way in ways:
             model = StepModel(folder, way.settings(options, options.base), torch.bfloat16)
             transformer = transformer or make_model(model, device)
-            _dynamo.reset()
-            how = ForwardOptions(
-                recompute=way.recompute,
-                compiled=way.compiled,
-                offload_activations=way.offload,
-                activations_on_device=way.stay,
-                blocks_on_device=way.on_device,
-            )
-            model.family.prepare_training(transformer, how)
-            shape = Shape((options.px // 8, options.px // 8), (options.text,) * options.batch)
-            tokens = model.family.image_tokens(shape.latent_size) + options.text
-            heads = (options.batch, options.width, tokens, 128)
-            use_attention(choose_attention("auto", device, measure_on(device, model.dtype, heads)))
-            passes = Passes(model, transformer, shape)
+            prepare(model, transformer, way)
+            passes = make_passes(model, transformer, options.px, options)
             _, seconds = passes.measure()
             table.append(report(way.name, seconds, *record(passes, on_gpu), options.rows))
-            gc.collect()
     print_table(
         f"this project, {options.px} px, {options.base}, {options.blocks} blocks of "
         f"{options.width} heads, rank {options.rank}, a pass",
