@@ -12,7 +12,7 @@ from qwen_lora.families.base import Recompute
 from qwen_lora.families.offload import COMPILED
 from qwen_lora.families.streaming import RING
 from qwen_lora.train.cost.shapes import Shape, latent_size
-from qwen_lora.train.cost.step import Cost, StepModel
+from qwen_lora.train.cost.step import Cost, StepModel, has_budget
 from qwen_lora.train.cost.ways import Pace, Way, cost_of
 
 GIB = 1 << 30
@@ -25,9 +25,9 @@ RESERVE, RESERVE_SHARE = GIB, 0.05
 # tried where they are compiled. Each memory budget takes its time to compile.
 RECOMPUTED = (0.5, 0.75, 0.9)
 RECOMPUTED_OFFLOADED = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+STREAMED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 # Of the time: on an H200 a streamed block cost 1 to 3 ms even where its copy was hidden.
 WORTH = 0.95
-STREAMED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _ways(model: StepModel, shape: Shape, copies_known: bool) -> Iterator[Way]:
     fixed = fixed_recompute(settings)
     if fixed is not None:
         yield Way(with_streaming(settings, fixed, streamed), on_device)
-    elif streamed and not budgeted(settings):
+    elif streamed and not has_budget(settings):
         yield Way(Recompute("some", streamed), on_device)
         yield Way(Recompute("full"), on_device)
     else:
@@ -190,17 +190,11 @@ def _streamed(settings: Settings, blocks: int) -> int:
 def with_streaming(settings: Settings, recompute: Recompute | None, streamed: int) -> Recompute:
     """Streamed blocks are recomputed, whatever else is, unless compiled ones have a memory
     budget."""
-    if not streamed or budgeted(settings):
+    if not streamed or has_budget(settings):
         return recompute or Recompute("full")
     if recompute is None or recompute.kind == "some":
         return Recompute("full")
     return Recompute("some", streamed) if recompute.kind == "none" else recompute
-
-
-def budgeted(settings: Settings) -> bool:
-    """Whether blocks keep what a compiler's memory budget allows; a model of few blocks and some
-    batches do not all the same (`StepModel.budgeted`)."""
-    return settings.compile_blocks is True and settings.own_forward and settings.lora_dropout == 0
 
 
 def too_small(model: StepModel, shape: Shape, choice: Choice) -> str:

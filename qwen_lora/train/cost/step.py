@@ -62,6 +62,12 @@ class Cost:
         return self.forward_low + self.backward_low
 
 
+def has_budget(settings: Settings) -> bool:
+    """Whether blocks keep what a compiler's memory budget allows; a model of few blocks and some
+    batches do not all the same (`StepModel.budgeted`)."""
+    return settings.compile_blocks is True and settings.own_forward and settings.lora_dropout == 0
+
+
 class StepModel:
     """What steps cost with one model and the settings' LoRA, optimizer and precision, on a GPU."""
 
@@ -196,11 +202,8 @@ class StepModel:
     def budgeted(self, shape: Shape) -> bool:
         """Whether blocks keep what a compiler's memory budget allows. A batch of different caption
         lengths is not counted so: it takes no more than without the compiler."""
-        settings = self.settings
         return (
-            settings.compile_blocks is True
-            and settings.own_forward
-            and settings.lora_dropout == 0
+            has_budget(self.settings)
             and self.parts == 1
             and self.blocks > 2
             and len(set(shape.text_tokens)) == 1
