@@ -49,7 +49,7 @@ class LoadedBatch:
     latents: torch.Tensor  # [B, C, h, w] float32, normalised
     noise: torch.Tensor  # [B, C, h, w] float32
     sigmas: torch.Tensor  # [B] float32, rounded to the compute dtype
-    prompt_embeds: list[torch.Tensor]  # B times [T_i, D], as stored
+    prompt_embeds: list[torch.Tensor]  # B times [T_i, D], in the compute dtype beside `tokens`
     prompt_masks: list[torch.Tensor]  # B times [T_i] bool
     sample_ids: list[str]
     tokens: FlowTokens | None = None  # of these latents, noise and sigmas, to train on
@@ -155,8 +155,12 @@ class BatchLoader:
         )
         if self._family is not None:
             tokens = FlowTokens.make(self._family, batch.latents, batch.noise, batch.sigmas)
-            noised = tokens.noised.to(self._sampling.compute_dtype)
-            batch = replace(batch, tokens=replace(tokens, noised=noised))
+            dtype = self._sampling.compute_dtype
+            batch = replace(
+                batch,
+                tokens=replace(tokens, noised=tokens.noised.to(dtype)),
+                prompt_embeds=[embeds.to(dtype) for embeds in batch.prompt_embeds],
+            )
         return batch.pin_memory() if self._pin else batch
 
     def stream(

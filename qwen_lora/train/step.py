@@ -242,7 +242,8 @@ class Stepper:
         if self._gradients is not None:
             self._gradients.clear()
         else:
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters:
+                parameter.grad = None
 
     def _clip(self) -> torch.Tensor:
         """Always the norm of the parameters' norms: that of all numbers at once has other bits."""

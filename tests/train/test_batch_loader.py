@@ -43,8 +43,10 @@ def posterior_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardSet
     opened.close()
 
 
-def make_loader(*sets: ShardSet, rule: BatchRule = RULE, **options) -> BatchLoader:
-    return BatchLoader(sets, PlanTable.from_sets(sets), rule, SAMPLING, **options)
+def make_loader(
+    *sets: ShardSet, rule: BatchRule = RULE, sampling: TimestepSampling = SAMPLING, **options
+) -> BatchLoader:
+    return BatchLoader(sets, PlanTable.from_sets(sets), rule, sampling, **options)
 
 
 def tensors_of(batch: LoadedBatch) -> list[torch.Tensor]:
@@ -276,3 +278,14 @@ def test_samples_are_noised_ahead_to_the_same_bits(shard_set: ShardSet) -> None:
     tensors = [moved.tokens.noised, moved.tokens.target, *moved.prompt_embeds]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.device.type for tensor in [moved.latents, moved.noise]} == {"cpu"}
+
+
+def test_text_is_rounded_ahead_to_the_compute_dtype(shard_set: ShardSet) -> None:
+    family, sampling = family_by_name("qwen-image"), TimestepSampling(compute_dtype=torch.float16)
+    loader = make_loader(shard_set, sampling=sampling, tokens_for=family)
+    _, batches = next(loader.stream(0))
+    _, others = next(make_loader(shard_set, sampling=sampling).stream(0))
+    for batch, other in zip(batches, others, strict=True):
+        for ahead, stored in zip(batch.prompt_embeds, other.prompt_embeds, strict=True):
+            assert (ahead.dtype, stored.dtype) == (torch.float16, torch.bfloat16)
+            assert torch.equal(ahead, stored.to(torch.float16))

@@ -270,6 +270,9 @@ def join_prompts(
     Rotary positions of text start after the image's and do not depend on T, so padding at the end
     changes nothing for a sample but the mask.
     """
+    if len(prompt_embeds) == 1:  # a view: nothing is copied
+        mask = prompt_masks[0][None]
+        return prompt_embeds[0][None], None if bool(mask.all()) else mask
     longest = max(len(embeds) for embeds in prompt_embeds)
     if all(len(embeds) == longest for embeds in prompt_embeds):
         mask = torch.stack(list(prompt_masks))
