@@ -102,19 +102,24 @@ class ScaledLinear(torch.nn.Linear):
         this layer's type is kept as it is."""
         spread = mesh_of(self.weight) is not None
         part = weight[own_rows(self.weight)] if spread else weight
+        dense = None  # on the device
         if isinstance(part, Stored) and part.values.dtype == self.low:
             # A copy lets go of the file.
             values, scale = (t.to(device, copy=spread) for t in (part.values, part.scale))
         else:
-            values, scale = quantize_rows(_dense(part).to(device), self.low)
+            dense = _dense(part).to(device)
+            values, scale = quantize_rows(dense, self.low)
         self._hold("weight", values)
         self._hold("scale", scale)
-        if self.weight_t is not None:
-            dense = _dense(weight)
-            columns = dense[:, own_rows(self.weight_t)] if spread else dense
-            values, scale = quantize_rows(columns.to(device).t().contiguous(), self.low)
-            self._hold("weight_t", values)
-            self._hold("scale_t", scale)
+        if self.weight_t is None:
+            return
+        if spread:
+            dense = _dense(weight)[:, own_rows(self.weight_t)].to(device)
+        elif dense is None:
+            dense = _dense(weight).to(device)
+        values, scale = quantize_rows(dense.t().contiguous(), self.low)
+        self._hold("weight_t", values)
+        self._hold("scale_t", scale)
 
     def _hold(self, name: str, value: torch.Tensor) -> None:
         held = getattr(self, name)
