@@ -35,7 +35,12 @@ from qwen_lora.families.qwen_image.scaled import PRODUCTS
 from qwen_lora.families.streaming import BlockStreamer
 from qwen_lora.train.attention import choose_attention, measure_on, use_attention
 from qwen_lora.train.cost.choice import GIB
-from qwen_lora.train.cost.copies import Streamed, copying_seconds, measure_copies
+from qwen_lora.train.cost.copies import (
+    BESIDE_COPIES,
+    Streamed,
+    copying_seconds,
+    measure_copies,
+)
 from qwen_lora.train.cost.rates import find_rates
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import Cost, StepModel
@@ -198,7 +203,7 @@ def row(
     predicted = cost.peak - cost.lora + 8 * model.lora_parameters
     seconds = sum(pace)
     if copies:
-        streamed = Streamed(on_device, model.block_bytes / copies)
+        streamed = Streamed(on_device, model.block_bytes / copies, BESIDE_COPIES)
         seconds = copying_seconds(model.blocks, *pace, streamed)
     return [
         on_device,

@@ -85,6 +85,7 @@ def test_it_is_what_the_streamer_does(fault_seed: int) -> None:
 def test_the_two_ends() -> None:
     assert copying_seconds(60, 60, 120, Streamed(60, 100)) == 180
     assert copying_seconds(60, 60, 120, Streamed(0, 0.5)) == 180  # each hides behind a block
+    assert copying_seconds(60, 60, 120, Streamed(40, 0.5, longer=0.25)) == 180 + 2 * 20 * 0.25
     # Nothing but copies, two less in each direction: the ring has them.
     assert copying_seconds(60, 0, 0, Streamed(0, 1)) == 2 * 58
 

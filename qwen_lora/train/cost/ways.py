@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_lora.families.base import Recompute
-from qwen_lora.train.cost.copies import Offloaded, Streamed, copying_seconds
+from qwen_lora.train.cost.copies import BESIDE_COPIES, Offloaded, Streamed, copying_seconds
 from qwen_lora.train.cost.rates import Rates
 from qwen_lora.train.cost.shapes import Shape
 from qwen_lora.train.cost.step import Cost, StepModel
@@ -55,7 +55,8 @@ def pass_seconds(model: StepModel, shape: Shape, way: Way, pace: Pace, share: fl
     backward = pace.rates.seconds(cost.backward_flops, cost.backward_low) / share
     streamed = offloaded = None
     if pace.copies and way.on_device is not None:
-        streamed = Streamed(way.on_device, model.block_bytes / pace.copies)
+        copy = model.block_bytes / pace.copies
+        streamed = Streamed(way.on_device, copy, BESIDE_COPIES)
     if pace.copies and cost.offloaded:
         each = model.offloaded_bytes(shape, way.recompute)
         offloaded = Offloaded(way.stay, each / pace.copies)
