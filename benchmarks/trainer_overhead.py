@@ -4,9 +4,10 @@ python benchmarks/trainer_overhead.py [--px N ...] [--batch N] [--model-ms MS]
 
 Both drive a null transformer, which returns its input times one trainable number, over the same
 latents and prompt embeddings. Ours reads, verifies and decodes its shards in every step, as it does
-in training; the example (benchmarks/example.py) keeps latents and embeddings in memory, and stands
-here with and without the images that its data loader goes on stacking. With --model-ms the null
-transformer waits that long, as a trainer waits for a GPU: what other threads do meanwhile is free.
+in training, and once keeps them in memory for comparison, as the example (benchmarks/example.py)
+does, which stands here with and without the images that its data loader goes on stacking. With
+--model-ms the null transformer waits that long, as a trainer waits for a GPU: what other threads do
+meanwhile is free.
 
 "main" is what the thread takes that feeds a GPU: time on a core, without waiting for the readers
 beside it. At 64 px next to nothing is left but what a step costs whatever its size.
@@ -97,10 +98,10 @@ def measure(folder: Path, px: int, options: argparse.Namespace) -> None:
     with ShardSet.open(folder / "set") as shards:
         batch, wait_s = options.batch, options.model_ms / 1000
 
-        def ours(ahead: int) -> Callable[[int], None]:
-            sampling = TimestepSampling()
-            model = NullTransformer(wait_s)
-            return our_loop(model, shards, batch, folder, accelerator, sampling, read_ahead=ahead)
+        def ours(ahead: int, in_memory: bool = False) -> Callable[[int], None]:
+            model, sampling = NullTransformer(wait_s), TimestepSampling()
+            rest = (model, shards, batch, folder, accelerator, sampling)
+            return our_loop(*rest, read_ahead=ahead, in_memory=in_memory)
 
         def example(pixels: bool) -> Callable[[int], None]:
             model = NullTransformer(wait_s)
@@ -109,6 +110,7 @@ def measure(folder: Path, px: int, options: argparse.Namespace) -> None:
         runs = {
             "this project": ours(4),
             "this project, no read-ahead": ours(0),
+            "this project, batches in memory": ours(0, in_memory=True),
             "example": example(pixels=True),
             "example without its images": example(pixels=False),
         }
