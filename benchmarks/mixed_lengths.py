@@ -1,7 +1,7 @@
 """Captions of different lengths in one batch: what they cost beside equal ones of as many tokens.
 
 python benchmarks/mixed_lengths.py [--px N] [--layers N] [--heads N] [--batch N] [--repeats N]
-                                   [--compile]
+                                   [--compile] [--recompute WAY]
 
 Forward and backward of a random transformer with a LoRA, on this machine's device. diffusers pads
 the shorter prompts and masks attention; this project runs each sample's attention by itself.
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="this project's blocks")
+    parser.add_argument("--recompute", default="none", help="none, full or a number of blocks")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
@@ -72,7 +73,8 @@ def main() -> None:
         transformer = make_transformer(config, device, dtype, tabled=False)
         add_lora(transformer, LoraSpec.from_settings(Settings(rank=8)), FAMILY, seed=0)
         compiled = own and options.compile
-        FAMILY.prepare_training(transformer, ForwardOptions(own, Recompute("none"), compiled))
+        how = ForwardOptions(own, Recompute.parse(options.recompute), compiled)
+        FAMILY.prepare_training(transformer, how)
         ways[f"{name}, equal"] = make_pass(options, transformer, equal, device)
         ways[f"{name}, mixed"] = make_pass(options, transformer, mixed, device)
     taken = take_turns(ways, options.repeats)
