@@ -222,12 +222,12 @@ class Family(Protocol):
         self,
         transformer: torch.nn.Module,
         latent_size: tuple[int, int],
-        text_tokens: int,
-        batch: int,
+        text_tokens: Sequence[int],
         budget: float,
     ) -> int:
         """What a compiled block in the middle keeps for the backward pass besides its inputs, of
-        what `empty_transformer` made with a LoRA on it. budget: `Recompute.budget`."""
+        what `empty_transformer` made with a LoRA on it. text_tokens: of each sample; budget:
+        `Recompute.budget`."""
         ...
 
     def stored_bytes(self, transformer: torch.nn.Module) -> int:

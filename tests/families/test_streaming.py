@@ -395,8 +395,7 @@ def test_compiled_blocks_are_streamed(
     lengths: tuple[int, ...],
     late: bool,
 ) -> None:
-    """Not a bit differs where captions are of one length; a mixed batch's streamed blocks are run
-    again as a whole, which rounds otherwise. late: with copies that come as late as they may."""
+    """Not a bit differs. late: with copies that come as late as they may."""
     monkeypatch.setattr(offload, "LARGE", 1024)  # the tiny model's tensors are small
     torch._dynamo.reset()  # the other ways' graphs count towards the limit, past which none is used
 
@@ -415,7 +414,4 @@ def test_compiled_blocks_are_streamed(
     streamer_is(BlockStreamer if late else Poisoned)
     found = run("b", on_device, offloaded)
     assert copies is None or copies.late
-    if len(set(lengths)) == 1:
-        check_equal(found, expected)
-    apart = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
-    assert apart <= 0.02 * torch.cat([tensor.flatten() for tensor in expected]).norm()
+    check_equal(found, expected)

@@ -133,14 +133,12 @@ class QwenImage:
         self,
         transformer: torch.nn.Module,
         latent_size: tuple[int, int],
-        text_tokens: int,
-        batch: int,
+        text_tokens: Sequence[int],
         budget: float,
     ) -> int:
         from qwen_lora.families.qwen_image.compiled import kept_bytes
 
-        tokens = self.image_tokens(latent_size)
-        return kept_bytes(transformer, batch, tokens, text_tokens, budget)
+        return kept_bytes(transformer, self.image_tokens(latent_size), text_tokens, budget)
 
     def stored_bytes(self, transformer: torch.nn.Module) -> int:
         from qwen_lora.families.qwen_image.skeleton import stored_bytes

@@ -1,6 +1,6 @@
 # ruff: noqa: TID253
-"""Blocks through torch.compile: one graph for all of them, whose weights are its inputs. Importing
-this loads the compiler.
+"""Blocks through torch.compile: one graph for all of them, whose weights are its inputs, with the
+attention of each sample inside. Importing this loads the compiler.
 
 What a graph keeps for its backward pass and what it computes anew there is decided by torch's
 partitioner under a memory budget: a share between 0 (the block's inputs alone) and 1 (all but cheap
@@ -25,39 +25,28 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.fx.experimental import _config as symbols
 
 from qwen_lora.cache_folder import cache_folder
 from qwen_lora.errors import QwenLoraError
-from qwen_lora.families.qwen_image.blocks import (
-    Heads,
-    Lengths,
-    Pair,
-    Rotations,
-    after_attention,
-    attend,
-    before_attention,
-    modulations,
-    run_block,
-)
+from qwen_lora.families.qwen_image.blocks import Lengths, Pair, Rotations, run_block
 
 
 class CompiledBlock:
-    """`run_block`, compiled. Batches of different caption lengths run as two graphs with attention
-    between them, since each sample attends by itself."""
+    """`run_block`, compiled."""
 
     def __init__(self, budget: float) -> None:
         # One graph serves all buckets and captions, whose token counts are symbols in it. What
-        # makes another one is listed here: the last block and all others; gradients or
-        # none; a batch of one, of two, of any number.
+        # makes another one is listed here: the last block and all others; gradients or none; the
+        # number of samples of a batch of different caption lengths, and one, two or more of equal.
         _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
+        # Else counts that are equal by chance would be one symbol, and other counts another graph.
+        symbols.use_duck_shape = False
         # Not in the system's temporary folder: the next run finds what this one has compiled. Torch
         # has named that folder itself as soon as its compiler was imported.
         if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
-        backend = partial(_compile, budget)
-        self._whole = torch.compile(run_block, backend=backend)
-        self._before = torch.compile(_before, backend=backend)
-        self._after = torch.compile(_after, backend=backend)
+        self._run = torch.compile(_run, backend=partial(_compile, budget))
 
     def __call__(
         self,
@@ -73,20 +62,14 @@ class CompiledBlock:
     ) -> Pair:
         _vary(1, image, text)  # numbers of tokens
         _vary(0, *rotations.image, *rotations.text)
-        if owner is None:
-            whole: Pair = self._whole(
-                block, image, text, image_rows, text_rows, rotations, owner, lengths, last
-            )
-            return whole
-        _vary(0, owner, image, image_rows, text_rows)  # and of samples
-        heads = self._before(block, image, text, image_rows, text_rows, owner, rotations, last)
-        image_out, text_out = attend(heads, lengths)
-        _vary(0, image_out)
-        _vary(1, image_out, *([] if text_out is None else [text_out]))
-        after: Pair = self._after(
-            block, image, text, image_out, text_out, image_rows, text_rows, owner
+        counts = None
+        if owner is not None and lengths is not None:
+            counts = [text.new_empty(length, 0) for length in lengths]
+            _vary(0, owner, *counts)
+        found: Pair = self._run(
+            block, image, text, image_rows, text_rows, rotations, owner, counts, last
         )
-        return after
+        return found
 
 
 def _vary(dimension: int, *tensors: Any) -> None:
@@ -95,32 +78,21 @@ def _vary(dimension: int, *tensors: Any) -> None:
         _dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
-def _before(
+def _run(
     block: Any,
     image: torch.Tensor,
     text: torch.Tensor,
     image_rows: torch.Tensor,
     text_rows: torch.Tensor,
-    owner: torch.Tensor | None,
     rotations: Rotations,
-    last: bool,
-) -> Heads:
-    rows = modulations(image_rows, None), modulations(text_rows, owner)
-    return before_attention(block, image, text, *rows, rotations, last)
-
-
-def _after(
-    block: Any,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    image_out: torch.Tensor,
-    text_out: torch.Tensor | None,
-    image_rows: torch.Tensor,
-    text_rows: torch.Tensor,
     owner: torch.Tensor | None,
+    counts: Sequence[torch.Tensor] | None,
+    last: bool,
 ) -> Pair:
-    rows = modulations(image_rows, None), modulations(text_rows, owner)
-    return after_attention(block, image, text, image_out, text_out, *rows)
+    """counts: of each sample's text tokens, as the size of an empty tensor. Plain numbers would be
+    constants of the graph."""
+    lengths = None if counts is None else tuple(count.shape[0] for count in counts)
+    return run_block(block, image, text, image_rows, text_rows, rotations, owner, lengths, last)
 
 
 def _compile(
@@ -163,21 +135,23 @@ def _budget(share: float) -> Iterator[None]:
 class _Alone(torch.nn.Module):
     """One block with its tensors as inputs, as ahead-of-time tracing wants it."""
 
-    def __init__(self, block: torch.nn.Module) -> None:
+    def __init__(self, block: torch.nn.Module, lengths: Lengths) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.lengths = block, lengths
 
     def forward(self, image: torch.Tensor, text: torch.Tensor, *others: torch.Tensor) -> Pair:
-        image_rows, text_rows, *parts = others
+        image_rows, text_rows, *parts, owner = others
         rotations = Rotations((parts[0], parts[1]), (parts[2], parts[3]))
+        mixed = (None if self.lengths is None else owner, self.lengths)
         return run_block(
-            self.block, image, text, image_rows, text_rows, rotations, None, None, False
+            self.block, image, text, image_rows, text_rows, rotations, *mixed, last=False
         )
 
 
-def kept_bytes(transformer: Any, batch: int, tokens: int, text_tokens: int, budget: float) -> int:
+def kept_bytes(transformer: Any, tokens: int, text_tokens: Sequence[int], budget: float) -> int:
     """What one block in the middle keeps for its backward pass besides its inputs, by torch's own
-    partitioner. transformer: with its LoRA, on the meta device. Nothing is compiled."""
+    partitioner. transformer: with its LoRA, on the meta device; text_tokens: of each sample.
+    Nothing is compiled."""
     found = 0
 
     def split(joint: Any, inputs: Any, *, num_fwd_outputs: int, **others: Any) -> Any:
@@ -192,8 +166,10 @@ def kept_bytes(transformer: Any, batch: int, tokens: int, text_tokens: int, budg
         found = sum(_bytes(node) for node in sources if node.op != "placeholder")
         return parts
 
+    batch, equal = len(text_tokens), len(set(text_tokens)) == 1
+    texts, joined = (batch, text_tokens[0]) if equal else (1, sum(text_tokens))
     traced = aot_module(
-        _Alone(transformer.transformer_blocks[1]),
+        _Alone(transformer.transformer_blocks[1], None if equal else tuple(text_tokens)),
         fw_compiler=_uncompiled,
         bw_compiler=_uncompiled,
         partition_fn=split,
@@ -207,10 +183,11 @@ def kept_bytes(transformer: Any, batch: int, tokens: int, text_tokens: int, budg
 
     traced(
         empty(batch, tokens, width, needs_grad=True),
-        empty(batch, text_tokens, width, needs_grad=True),
+        empty(texts, joined, width, needs_grad=True),
         *(empty(batch, 6 * width) for _ in range(2)),
         *(empty(tokens, 1, head // 2, of=torch.float32) for _ in range(2)),
-        *(empty(text_tokens, 1, head // 2, of=torch.float32) for _ in range(2)),
+        *(empty(joined, 1, head // 2, of=torch.float32) for _ in range(2)),
+        empty(joined, of=torch.int64),
     )
     return found
 

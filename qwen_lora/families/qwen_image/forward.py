@@ -90,11 +90,10 @@ class OwnForward:
             if part is not None:
                 part.begin()
 
-    def way(self, index: int, blocks: int, mixed: bool) -> Block:
-        """How to run block `index` now; its weights are on the device from here on. mixed: the
-        batch has captions of different lengths."""
+    def way(self, index: int, blocks: int) -> Block:
+        """How to run block `index` now; its weights are on the device from here on."""
         training = torch.is_grad_enabled()
-        again = training and self._runs_again(index, blocks, mixed)
+        again = training and self._runs_again(index, blocks)
         run = self._run_again if again else self._run
         if self.streamer is not None:
             self.streamer.enter(index)
@@ -105,12 +104,12 @@ class OwnForward:
         if training and self.offload is not None:
             if again:
                 run = _within(self.offload.keeping(index), run)
-            elif self._budgeted and not mixed and self.recompute.kind != "none":
+            elif self._budgeted and self.recompute.kind != "none":
                 run = _within(self.offload.keeping(index, self._shared), run)
         return run
 
-    def _runs_again(self, index: int, blocks: int, mixed: bool) -> bool:
-        if self._budgeted and not mixed:
+    def _runs_again(self, index: int, blocks: int) -> bool:
+        if self._budgeted:
             return False
         if self.streamer is not None and index in self.streamer:
             return True
@@ -146,7 +145,7 @@ def predict(
                 stream.requires_grad_()
     how.begin(rotations, getattr(transformer, "lora_cast", None), image.dtype)
     for index, block in enumerate(transformer.transformer_blocks):
-        run = how.way(index, last + 1, mixed=lengths is not None)
+        run = how.way(index, last + 1)
         rest = (partial(rows, index), rotations, owner, lengths, index == last)
         work = partial(_run_one, run, block, *rest)
         # Called as a module the block has its weights, also for its modulation.

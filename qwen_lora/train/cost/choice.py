@@ -91,7 +91,7 @@ def choose(model: StepModel, shape: Shape, usable: int | None, pace: Pace | None
         return min(fitting, key=lambda choice: pace.seconds(model, shape, choice.way))
     if settings.blocks_on_device != AUTO or not settings.own_forward or model.parts > 1:
         return choices[-1]
-    if pace is not None and pace.copies is not None and model.budgeted(shape):
+    if pace is not None and pace.copies is not None and model.budgeted:
         return _trade(model, shape, [choice.recompute for choice in choices], usable, pace)
     if choices[-1].recompute.kind in ("full", "selective"):
         return most_on_device(model, shape, choices[-1].recompute, usable)
@@ -132,7 +132,7 @@ def _counts(model: StepModel, copies_known: bool) -> list[int]:
 def _most_staying(model: StepModel, shape: Shape, way: Way, usable: int) -> Choice:
     """Where compiled blocks' activations are offloaded, as many stay as fit: the fewest copies."""
     least = choice_of(model, shape, way, usable)
-    if not model.stays(shape, way.recompute) or least.missing:
+    if not model.stays(way.recompute) or least.missing:
         return least
     each = model.offloaded_bytes(shape, way.recompute)
     stay = min(max(0, model.blocks - COMPILED), (usable - least.cost.peak) // each)

@@ -62,7 +62,7 @@ def find_pace(
     cost = model.cost(shape, Recompute("full"))
     kind = model.settings.base_precision if cost.low_flops else None
     rates = find_rates(model.family, kind, tflops, tflops_8bit)
-    streams = model.budgeted(shape) and usable is not None and cost.peak > usable
+    streams = model.budgeted and usable is not None and cost.peak > usable
     return Pace(rates, copy_rate(bool(cost.offloaded) or streams, h2d))
 
 

@@ -64,7 +64,7 @@ def settle_way(
     load = largest_load(loads, model.family)
     shape = load.largest(model.family)
     usable, pace = usable_bytes(total, free), None
-    if device.type == "cuda" and step_model.budgeted(shape):  # else FLOPs are enough
+    if device.type == "cuda" and step_model.budgeted:  # else FLOPs are enough
         pace = find_pace(step_model, shape, usable)
     choice = choose(step_model, shape, usable, pace)
     if not quiet:

@@ -63,8 +63,8 @@ class Cost:
 
 
 def has_budget(settings: Settings) -> bool:
-    """Whether blocks keep what a compiler's memory budget allows; a model of few blocks and some
-    batches do not all the same (`StepModel.budgeted`)."""
+    """Whether blocks keep what a compiler's memory budget allows; those of a small or a spread
+    model are not counted so (`StepModel.budgeted`)."""
     return settings.compile_blocks is True and settings.own_forward and settings.lora_dropout == 0
 
 
@@ -151,7 +151,7 @@ class StepModel:
             recompute = Recompute("full")
         if recompute.kind == "some" and recompute.blocks == 0:
             recompute = Recompute("none")
-        if self.budgeted(shape):
+        if self.budgeted:
             found = self._compiled(shape, recompute, stay)
         elif recompute.kind == "some" and self.blocks > FEW + 1:
             found = self._some(shape, recompute.blocks)
@@ -160,7 +160,7 @@ class StepModel:
         streamed = 0 if on_device is None else max(0, self.blocks - on_device)
         gone = max(0, streamed - RING) * self.block_bytes
         offloaded = 0
-        if self.stays(shape, recompute):
+        if self.stays(recompute):
             each = self.offloaded_bytes(shape, recompute)
             offloaded = max(0, self.blocks - COMPILED - stay) * each
         return Cost(
@@ -199,15 +199,10 @@ class StepModel:
             peaks.append(full.peak - full.kept)
         return replace(found, peak=found.kept + max(peaks))
 
-    def budgeted(self, shape: Shape) -> bool:
-        """Whether blocks keep what a compiler's memory budget allows. A batch of different caption
-        lengths is not counted so: it takes no more than without the compiler."""
-        return (
-            has_budget(self.settings)
-            and self.parts == 1
-            and self.blocks > 2
-            and len(set(shape.text_tokens)) == 1
-        )
+    @property
+    def budgeted(self) -> bool:
+        """Whether blocks keep what a compiler's memory budget allows."""
+        return has_budget(self.settings) and self.parts == 1 and self.blocks > 2
 
     def _compiled(self, shape: Shape, recompute: Recompute, stay: int) -> Traced:
         """Recomputing whole blocks without a compiler takes as much as the budget 0."""
@@ -227,9 +222,9 @@ class StepModel:
     def offloads(self, recompute: Recompute) -> bool:
         return self.settings.offload_activations and recompute.kind != "none"
 
-    def stays(self, shape: Shape, recompute: Recompute) -> bool:
+    def stays(self, recompute: Recompute) -> bool:
         """Whether some blocks' activations may stay while others' leave."""
-        return self.budgeted(shape) and self.offloads(recompute)
+        return self.budgeted and self.offloads(recompute)
 
     def compiled_bytes(self, shape: Shape, recompute: Recompute) -> int:
         """What one compiled block keeps besides its inputs."""
@@ -242,8 +237,7 @@ class StepModel:
                 self._kept[key] = self.family.compiled_bytes(
                     self._skeleton(FEW).transformer,
                     shape.latent_size,
-                    shape.text_tokens[0],
-                    shape.batch,
+                    shape.text_tokens,
                     budget,
                 )
         return self._kept[key]
