@@ -145,10 +145,11 @@ class TrainSettings(Section):
         command="train",
         changes="result",
     )
-    attention: Literal["auto", "torch", "cudnn", "flash", "efficient"] = setting(
+    attention: Literal["auto", "torch", "cudnn", "flash", "flash3", "efficient"] = setting(
         "auto",
         "Attention kernel on a GPU; auto: the fastest of a short measurement at the run's first "
-        "start; torch: torch's own choice. The same up to rounding.",
+        "start; torch: torch's own choice; flash3: FlashAttention 3, if installed. The same up to "
+        "rounding.",
         command="train",
         changes="result",
     )

@@ -25,9 +25,8 @@ from qwen_lora.families.base import among
 from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
 
 RING = 2  # buffers: one in use, one that is filled
-CHUNK = (
-    1 << 26
-)  # bytes of one copy: those of activations, which are waited for sooner, come between
+# Bytes of one copy: those of activations, which are waited for sooner, come between.
+CHUNK = 1 << 26
 ALIGNED = 64  # bytes; every type and every kernel may start there
 
 
@@ -199,9 +198,10 @@ class BlockStreamer:
             copy(buffer, host)
         else:
             self._stream.wait_stream(CUDA.current_stream(self.device))
+            parts = (torch.split(whole, CHUNK) for whole in (buffer, host))
             with CUDA.stream(self._stream):
-                for begin in range(0, host.numel(), CHUNK):
-                    copy(buffer[begin : begin + CHUNK], host[begin : begin + CHUNK])
+                for target, source in zip(*parts, strict=True):
+                    copy(target, source)
                 self._filled[number].record(self._stream)
         self._holds[number] = turn
         self.copied_bytes += host.numel()

@@ -6,9 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.attention import _registry
 
 from qwen_lora.errors import InputError
-from qwen_lora.train.attention import KERNELS, choose_attention, use_attention
+from qwen_lora.train.attention import (
+    FLASH3,
+    KERNELS,
+    choose_attention,
+    measure_on,
+    use_attention,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -31,13 +38,14 @@ def timed(seconds: dict[str, float]) -> tuple[list[str], object]:
         ({"cudnn": 2.0, "flash": 1.0, "efficient": 3.0}, "flash"),
         ({"cudnn": 1.0, "efficient": 3.0}, "cudnn"),
         ({"efficient": 3.0}, "efficient"),
+        ({"flash": 2.0, "flash3": 1.0}, "flash3"),
         ({}, None),
     ],
 )
 def test_the_fastest_that_runs(seconds: dict[str, float], chosen: str | None) -> None:
     asked, measure = timed(seconds)
     assert choose_attention("auto", GPU, measure) == chosen  # type: ignore[arg-type]
-    assert asked == list(KERNELS)
+    assert asked == [*KERNELS, FLASH3]
 
 
 def test_a_named_one_is_tried_and_taken() -> None:
@@ -65,11 +73,54 @@ def as_before() -> Iterator[None]:
 @pytest.mark.parametrize("name", [*KERNELS, None])
 def test_the_others_are_switched_off(name: str | None) -> None:
     use_attention(name)
+    assert switched_on() == ({name} if name else set(KERNELS))
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+def switched_on() -> set[str]:
     backends = torch.backends.cuda
     on = {
         "cudnn": backends.cudnn_sdp_enabled(),
         "flash": backends.flash_sdp_enabled(),
         "efficient": backends.mem_efficient_sdp_enabled(),
     }
-    assert {each for each, switched in on.items() if switched} == ({name} if name else set(KERNELS))
-    assert backends.math_sdp_enabled()
+    return {name for name, switched in on.items() if switched}
+
+
+class StandIn:
+    """For FlashAttention 3, in torch's registry."""
+
+    def __init__(self) -> None:
+        self.active = 0
+
+    def __call__(self) -> StandIn:
+        self.active += 1
+        return self
+
+    def remove(self) -> None:
+        self.active -= 1
+
+
+@pytest.mark.usefixtures("as_before")
+def test_flash_attention_3_takes_the_place_of_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn()
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", stand_in)
+    for name, others in ((FLASH3, {"flash"}), (FLASH3, {"flash"}), ("flash", {"flash"})):
+        use_attention(name)
+        assert (stand_in.active, switched_on()) == (int(name == FLASH3), others)
+    use_attention(FLASH3)
+    use_attention(None)
+    assert (stand_in.active, switched_on()) == (0, set(KERNELS))
+
+
+@pytest.mark.usefixtures("as_before")
+def test_flash_attention_3_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = measure_on(CPU, torch.float32, (1, 1, 2, 8))
+    with pytest.raises(InputError, match=r"FlashAttention 3 is not installed \(.*flash_attn_int"):
+        use_attention(FLASH3)
+    with pytest.raises(InputError, match="attention flash3 does not run on this GPU: FlashAtt"):
+        choose_attention(FLASH3, GPU, measure)
+    monkeypatch.delitem(_registry._FLASH_ATTENTION_IMPLS, "FA3")
+    with pytest.raises(InputError, match="torch .* cannot use FlashAttention 3"):
+        use_attention(FLASH3)
+    assert switched_on() == set(KERNELS)
