@@ -78,7 +78,7 @@ def _put_in_place(flash3: bool) -> None:
         return
     try:
         torchs.activate_flash_attention_impl(_FA3)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         raise InputError(f"FlashAttention 3 is not installed ({error})") from error
 
 
