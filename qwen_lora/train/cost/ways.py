@@ -40,23 +40,30 @@ class Pace:
 
     def seconds(self, model: StepModel, shape: Shape, way: Way) -> float:
         """Of a forward and backward pass, at a usual share of the rates of products."""
-        return pass_seconds(model, shape, way, self, USUAL_SHARE)
+        return pass_seconds(model, shape, way, self, USUAL_SHARE, BESIDE_COPIES)
 
 
 def cost_of(model: StepModel, shape: Shape, way: Way) -> Cost:
     return model.cost(shape, way.recompute, way.on_device, way.stay)
 
 
-def pass_seconds(model: StepModel, shape: Shape, way: Way, pace: Pace, share: float = 1.0) -> float:
-    """Of a forward and backward pass: its FLOPs at a share of the rates of products, and what it
-    waits for copies."""
+def pass_seconds(
+    model: StepModel,
+    shape: Shape,
+    way: Way,
+    pace: Pace,
+    share: float = 1.0,
+    beside_copies: float = 0.0,
+) -> float:
+    """Of a forward and backward pass: its FLOPs at a share of the rates of products, so much longer
+    in each direction for a streamed block, and what it waits for copies."""
     cost = cost_of(model, shape, way)
     forward = pace.rates.seconds(cost.forward_flops, cost.forward_low) / share
     backward = pace.rates.seconds(cost.backward_flops, cost.backward_low) / share
     streamed = offloaded = None
     if pace.copies and way.on_device is not None:
         copy = model.block_bytes / pace.copies
-        streamed = Streamed(way.on_device, copy, BESIDE_COPIES)
+        streamed = Streamed(way.on_device, copy, beside_copies)
     if pace.copies and cost.offloaded:
         each = model.offloaded_bytes(shape, way.recompute)
         offloaded = Offloaded(way.stay, each / pace.copies)
