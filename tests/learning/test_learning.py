@@ -42,11 +42,13 @@ def test_attention_alone_fits_less_than_all_linear(learn: Learn) -> None:
     assert attention.train_loss > 1.1 * all_linear.train_loss  # 0.99 and 0.78
 
 
+@pytest.mark.slow
 def test_a_higher_rank_fits_the_training_pictures_better(learn: Learn) -> None:
     low, usual, high = learn(rank=1), learn(), learn(rank=64)
     assert high.train_loss < usual.train_loss < 0.85 * low.train_loss  # 0.68, 0.78, 1.16
 
 
+@pytest.mark.slow
 def test_alpha_scales_what_a_step_does(learn: Learn) -> None:
     weak, usual = learn(lora_alpha=1), learn()  # the usual alpha is the rank, 16
     assert 0.1 < weak.gain < 0.75 * usual.gain  # 0.47 and 0.81
@@ -58,6 +60,7 @@ def test_a_lower_learning_rate_moves_less(learn: Learn) -> None:
     assert tiny + 0.05 < low < usual - 0.2  # 0.19, 0.81
 
 
+@pytest.mark.slow
 def test_a_learning_rate_far_too_high_learns_less(learn: Learn) -> None:
     assert learn(learning_rate=0.1).gain < learn().gain - 0.1  # 0.59
 

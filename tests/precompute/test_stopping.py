@@ -175,7 +175,11 @@ def test_a_run_with_other_cuts_keeps_what_it_can(settings, make_settings, publis
     ("launch", "options"),
     [
         ([], ["--num-processes", "2"]),
-        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], []),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            [],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_make_the_bytes_of_one(launch, options, settings, unbroken, published):

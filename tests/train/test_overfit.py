@@ -34,7 +34,10 @@ def emoji_shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return shards
 
 
-@pytest.mark.parametrize(("targets", "at_least"), [("attention", 0.30), ("all-linear", 0.40)])
+@pytest.mark.parametrize(
+    ("targets", "at_least"),
+    [("attention", 0.30), pytest.param("all-linear", 0.40, marks=pytest.mark.slow)],
+)
 def test_overfitting_eight_emoji(
     targets: str, at_least: float, emoji_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
