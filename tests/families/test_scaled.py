@@ -14,6 +14,7 @@ from qwen_lora.errors import InputError
 from qwen_lora.families.base import ForwardOptions
 from qwen_lora.families.qwen_image import scaled
 from qwen_lora.families.qwen_image.scaled import (
+    CACHED_ROWS,
     KINDS,
     PRODUCTS,
     ScaledLinear,
@@ -211,6 +212,17 @@ def test_a_card_without_such_products_is_refused(
             base_precision=kind,
             low_precision_products="forward",
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_taken_in_by_parts_has_the_bits_of_a_whole_one(kind: str) -> None:
+    weight = torch.randn(3 * CACHED_ROWS + 16, 32).bfloat16()
+    layer = ScaledLinear(torch.nn.Linear(*reversed(weight.shape), device="meta"), kind, "both")
+    layer.put(weight, CPU)
+    for held, dense in ((layer.weight, weight), (layer.weight_t, weight.t())):
+        expected, scale = quantize_rows(dense.contiguous(), KINDS[kind])
+        assert held is not None and torch.equal(held.view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(layer.scale if held is layer.weight else layer.scale_t, scale)
 
 
 @pytest.mark.slow
