@@ -54,6 +54,7 @@ def test_alpha_scales_what_a_step_does(learn: Learn) -> None:
     assert 0.1 < weak.gain < 0.75 * usual.gain  # 0.47 and 0.81
 
 
+@pytest.mark.slow
 def test_a_lower_learning_rate_moves_less(learn: Learn) -> None:
     tiny, low, usual = (learn(learning_rate=rate).gain for rate in (1e-6, 1e-4, 1e-3))
     assert abs(tiny) < 0.02  # 0.001
