@@ -147,9 +147,8 @@ class TrainSettings(Section):
     )
     attention: Literal["auto", "torch", "cudnn", "flash", "flash3", "efficient"] = setting(
         "auto",
-        "Attention kernel on a GPU; auto: the fastest of a short measurement at the run's first "
-        "start; torch: torch's own choice; flash3: FlashAttention 3, if installed. The same up to "
-        "rounding.",
+        "Attention kernel on a GPU; auto: the fastest of a measurement at the run's first start; "
+        "torch: torch's choice; flash3: FlashAttention 3, if installed. The same up to rounding.",
         command="train",
         changes="result",
     )
