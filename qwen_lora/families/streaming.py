@@ -22,12 +22,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qwen_lora.families.base import among
-from qwen_lora.families.host_memory import CUDA, copy, host_buffer, is_gpu
+from qwen_lora.families.host_memory import ALIGNED, CUDA, copy, host_buffer, is_gpu
 
 RING = 2  # buffers: one in use, one that is filled
 # Bytes of one copy: those of activations, which are waited for sooner, come between.
 CHUNK = 1 << 26
-ALIGNED = 64  # bytes; every type and every kernel may start there
 
 
 def spread(blocks: int, streamed: int) -> list[int]:

@@ -8,9 +8,10 @@ full or reduced precision, so that none of them ever holds a weight that is not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.qwen_image import single_file
 from qwen_lora.families.qwen_image.scaled import ScaledLinear, Stored
 from qwen_lora.families.qwen_image.sharded import mesh_of, of_own_rows, own_rows
+from qwen_lora.families.qwen_image.single_file import Weight
+from qwen_lora.families.weight_file import Memory, read_ahead, read_memory, spans
 from qwen_lora.models import weight_files
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -57,6 +60,7 @@ def load_weights(
     rename: Callable[[str], str | None] = lambda key: key,
     reshape: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     placed: Callable[[str], None] = lambda name: None,
+    in_memory: bool = False,
 ) -> None:
     """Fill every parameter of an empty module from a component's safetensors files, frozen.
 
@@ -64,30 +68,44 @@ def load_weights(
     rename: checkpoint key -> parameter name, or None for a weight that is not needed.
     reshape: makes a checkpoint tensor the parameter's; it gets the parameter's name.
     placed: is told the name of each parameter that is there.
+    in_memory: also on a CPU weights lie in memory of their own, aligned as torch's; else those that
+        keep their type stay mapped there, wherever in the file they are.
     Raises InputError when names or shapes do not fit the module: weights and config disagree.
     """
-    missing = {
+    parameters = {
         name: parameter
         for name, parameter in module.named_parameters()
         if not made_from_weight(module, name)
     }
-    for key, read in _tensors(weights):
-        name = rename(key)
-        if name is None:
-            continue
-        parameter = missing.pop(name, None)
-        if parameter is None:
-            raise InputError(f"{weights} holds a weight {key!r} that its config has no place for")
-        tensor = read()
-        if isinstance(tensor, torch.Tensor):
-            tensor = reshape(name, tensor)
-        if _shape_before_packing(module, name, parameter) != tensor.shape:
+    missing = set(parameters)
+    memory = read_memory(device) if in_memory or device.type != "cpu" else None
+
+    def take(file: _File) -> None:
+        names = {key: name for key in file.weights if (name := rename(key)) is not None}
+        if unknown := [key for key, name in names.items() if name not in missing]:
             raise InputError(
-                f"{weights}: weight {key!r} has shape {list(tensor.shape)}, its config asks for "
-                f"{list(parameter.shape)}"
+                f"{weights} holds a weight {unknown[0]!r} that its config has no place for"
             )
-        place(module, name, tensor, device, dtype)
-        placed(name)
+
+        def is_ahead(key: str, stored: torch.dtype) -> bool:
+            if mesh_of(parameters[names[key]]) is not None:
+                return False  # its own rows alone are read
+            # What a CPU only converts it best reads as it does so.
+            return device.type != "cpu" or stored == _kept_dtype(module, names[key], dtype)
+
+        with closing(file.read_all(names, memory, is_ahead)) as tensors:
+            for key, tensor in tensors:
+                name = names[key]
+                missing.discard(name)
+                if isinstance(tensor, torch.Tensor):
+                    tensor = reshape(name, tensor)
+                _check_shape(module, name, parameters[name], tensor, f"{weights}: weight {key!r}")
+                place(module, name, tensor, device, dtype)
+                placed(name)
+
+    for path in files_of(weights):
+        with _open(path, single=path == weights) as file:
+            take(file)
     if missing:
         raise InputError(f"{weights} lacks {len(missing)} weights, the first is {min(missing)!r}")
     module.to(device)  # buffers; parameters are there already
@@ -99,35 +117,78 @@ def open_weights(weights: Path) -> Iterator[Callable[[str], torch.Tensor]]:
     """A function that reads one weight of a component by its key. It raises InputError for a weight
     that is not there. weights: as in `load_weights`."""
     with ExitStack() as stack:
-        reads: dict[str, Callable[[], torch.Tensor | Stored]] = {}
-        for path in [weights] if weights.is_file() else weight_files(weights):
-            reads |= stack.enter_context(_open(path, single=path == weights))
+        files: dict[str, _File] = {}
+        for path in files_of(weights):
+            file = stack.enter_context(_open(path, single=path == weights))
+            files |= dict.fromkeys(file.weights, file)
 
         def read(key: str) -> torch.Tensor:
-            if key not in reads:
+            if key not in files:
                 raise InputError(f"{weights} lacks the weight {key!r}")
-            found = reads[key]()
+            found = files[key].read(key)
             return found.dense() if isinstance(found, Stored) else found
 
         yield read
 
 
+def files_of(weights: Path) -> list[Path]:
+    return [weights] if weights.is_file() else weight_files(weights)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    mapped: Any  # safetensors' own
+    weights: dict[str, Weight]
+
+    def read(self, key: str) -> torch.Tensor | Stored:
+        with _reading(self.path):
+            weight = self.weights[key]
+            return weight.make(self.mapped.get_tensor(weight.key))
+
+    def read_all(
+        self,
+        keys: Iterable[str],
+        memory: Memory | None,
+        is_ahead: Callable[[str, torch.dtype], bool],
+    ) -> Generator[tuple[str, torch.Tensor | Stored]]:
+        """Each key's weight in turn, valid until the next one is asked for. What `is_ahead`, of a
+        key and its type in the file, is read ahead into `memory`, if that is large enough; all else
+        is mapped."""
+        with _reading(self.path):
+            known = spans(self.path) if memory else {}
+        ahead = {
+            key: span
+            for key in keys
+            if memory is not None
+            and (span := known.get(self.weights[key].key)) is not None
+            and span.size <= memory.limit
+            and is_ahead(key, span.dtype)
+        }
+        with ExitStack() as stack:
+            if memory is not None:
+                reads = read_ahead(self.path, list(ahead.values()), memory)
+                stack.enter_context(closing(reads))
+            for key in keys:
+                if key in ahead:
+                    with _reading(self.path):
+                        weight = self.weights[key].make(next(reads))
+                else:
+                    weight = self.read(key)
+                yield key, weight
+                del weight
+
+
 @contextmanager
-def _open(path: Path, *, single: bool) -> Iterator[dict[str, Callable[[], torch.Tensor | Stored]]]:
-    """Every key of one file with a function that reads it. Memory-mapped."""
+def _open(path: Path, *, single: bool) -> Iterator[_File]:
     with ExitStack() as stack:
         with _reading(path):
             file = stack.enter_context(safe_open(str(path), framework="pt"))
             if single:
                 found = single_file.weights_of(path, file)
             else:
-                found = {key: partial(file.get_tensor, key) for key in file.keys()}
-        yield {key: partial(_read, path, read) for key, read in found.items()}
-
-
-def _read(path: Path, read: Callable[[], torch.Tensor | Stored]) -> torch.Tensor | Stored:
-    with _reading(path):
-        return read()
+                found = {key: Weight(key, lambda tensor: tensor) for key in file.keys()}
+        yield _File(path, file, found)
 
 
 @contextmanager
@@ -138,13 +199,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({error}); download the model again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _tensors(weights: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor | Stored]]]:
-    """Every key with a function that reads it, to be called before the next step."""
-    for path in [weights] if weights.is_file() else weight_files(weights):
-        with _open(path, single=path == weights) as reads:
-            yield from reads.items()
 
 
 def _split(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -158,13 +212,29 @@ def made_from_weight(module: torch.nn.Module, name: str) -> bool:
     return isinstance(owner, ScaledLinear) and leaf not in ("weight", "bias")
 
 
-def _shape_before_packing(
-    module: torch.nn.Module, name: str, parameter: torch.nn.Parameter
-) -> torch.Size:
+def _check_shape(
+    module: torch.nn.Module,
+    name: str,
+    parameter: torch.nn.Parameter,
+    tensor: torch.Tensor | Stored,
+    what: str,
+) -> None:
     owner, leaf = _split(module, name)
+    shape = parameter.shape
     if leaf == "weight" and isinstance(owner, torch.nn.Linear):  # 4-bit weights are packed
-        return torch.Size((owner.out_features, owner.in_features))
-    return parameter.shape
+        shape = torch.Size((owner.out_features, owner.in_features))
+    if tensor.shape != shape:
+        raise InputError(
+            f"{what} has shape {list(tensor.shape)}, its config asks for {list(parameter.shape)}"
+        )
+
+
+def _kept_dtype(module: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The type in which a file's tensor becomes this parameter as it is; None: it is converted."""
+    owner, leaf = _split(module, name)
+    if leaf == "weight" and isinstance(owner, ScaledLinear):
+        return owner.low
+    return None if leaf == "weight" and hasattr(owner, "quantization") else dtype
 
 
 def place(

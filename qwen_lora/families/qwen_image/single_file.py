@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,16 @@ EIGHT_BITS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8_
 HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype", "per_channel", "per_row"}
 
 
-def weights_of(path: Path, file: Any) -> dict[str, Callable[[], torch.Tensor | Stored]]:
-    """diffusers' name of each weight with a function that reads it. file: an open safetensors file.
+@dataclass(frozen=True)
+class Weight:
+    """The key under which a file has a weight, and what makes it of that tensor."""
+
+    key: str
+    make: Callable[[torch.Tensor], torch.Tensor | Stored]
+
+
+def weights_of(path: Path, file: Any) -> dict[str, Weight]:
+    """diffusers' name of each weight, and what it is made of. file: an open safetensors file.
 
     Raises InputError, before a weight is read, for one whose numbers are not understood.
     """
@@ -53,7 +62,7 @@ def weights_of(path: Path, file: Any) -> dict[str, Callable[[], torch.Tensor | S
         if name.endswith(ending)
     }
     is_scaled = bool(scales or configs or MARKER in keys)
-    found: dict[str, Callable[[], torch.Tensor | Stored]] = {}
+    found: dict[str, Weight] = {}
     for name, key in keys.items():
         if name == MARKER or name.endswith((*SCALES, *UNUSED, CONFIG)):
             continue
@@ -67,9 +76,9 @@ def weights_of(path: Path, file: Any) -> dict[str, Callable[[], torch.Tensor | S
                 "ComfyUI's fp8_scaled"
             )
         if scale is None:
-            found[name] = partial(_plain, file, key)
+            found[name] = Weight(key, _plain)
         else:
-            found[name] = partial(_scaled, path, file, key, scale)
+            found[name] = Weight(key, partial(_scaled, path, file, key, scale))
     if left := sorted({*scales, *configs}):
         raise InputError(f"{path} has a scale for {left[0]}, which has no weight in it")
     if not found:
@@ -143,15 +152,13 @@ def _problem(
     return None
 
 
-def _plain(file: Any, key: str) -> torch.Tensor | Stored:
-    tensor: torch.Tensor = file.get_tensor(key)
+def _plain(tensor: torch.Tensor) -> torch.Tensor | Stored:
     if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2:
         return Stored(tensor, torch.ones(len(tensor)))
     return tensor.float() if tensor.element_size() == 1 else tensor
 
 
-def _scaled(path: Path, file: Any, key: str, scale_key: str) -> Stored:
-    values = file.get_tensor(key)
+def _scaled(path: Path, file: Any, key: str, scale_key: str, values: torch.Tensor) -> Stored:
     scale = file.get_tensor(scale_key).float()
     outs = values.shape[0]
     if scale.numel() == 1:

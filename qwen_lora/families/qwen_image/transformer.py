@@ -35,7 +35,7 @@ from qwen_lora.families.qwen_image.modulation import (
 from qwen_lora.families.qwen_image.scaled import KINDS, check_products, scale_linears
 from qwen_lora.families.qwen_image.sharded import run_whole, shard_blocks
 from qwen_lora.families.qwen_image.tokens import pack, unpack
-from qwen_lora.families.streaming import ALIGNED, BlockStreamer, spread, stream_more
+from qwen_lora.families.streaming import BlockStreamer, spread, stream_more
 from qwen_lora.models import ModelFolder
 from qwen_lora.progress import Progress
 
@@ -107,21 +107,14 @@ def load_transformer(
         dtype=dtype,
         rename=name_of,
         placed=filling.placed if filling else lambda name: None,
+        # The last bit of a product depends on where a weight begins, on a CPU: so that streamed
+        # blocks compute what resident ones do.
+        in_memory=True,
     )
     if filling:
         filling.streamer.finish()
         transformer.streamer = filling.streamer
-    _align(transformer)
     return cast(torch.nn.Module, transformer)
-
-
-def _align(transformer: torch.nn.Module) -> None:
-    """On a CPU weights may still be those of the file, anywhere in it. The last bit of a product
-    depends on that there, and blocks that are streamed would give another one."""
-    for parameter in transformer.parameters():
-        whole = not hasattr(parameter, "device_mesh")
-        if whole and parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNED:
-            parameter.data = parameter.data.clone()
 
 
 class _Filling:
