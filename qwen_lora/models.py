@@ -14,20 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_lora.errors import InputError
-from qwen_lora.hashing import canonical_json, sha256_file
-from qwen_lora.posix import read_own, write_atomic
-from qwen_lora.progress import Progress
 
 if TYPE_CHECKING:
     from qwen_lora.families.base import Family
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
-SHA256 = re.compile(r"[0-9a-f]{64}")
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # in each component's folder
-SHOWN_FROM_BYTES = 1 << 30
-LINKS_MAX = 8  # from a file of a snapshot to its blob; the cache itself may be linked to
 WEIGHTLESS = ("scheduler", "tokenizer")
 
 
@@ -224,76 +218,3 @@ def _indexed_files(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise InputError(f"{index.parent / name} is missing; download the model again")
     return [index.parent / name for name in names]
-
-
-def weight_hashes(weights: Path, cache_file: Path | None = None) -> dict[str, str]:
-    """File name -> sha256 of each weight file of a component: its folder, or one file.
-
-    Files in the hub cache are links to blobs named by their sha256, which are not read. Others are
-    hashed once: with `cache_file` the result is remembered by path, size, mtime and inode.
-    Raises InputError for one that cannot be read.
-    """
-    remembered = _load_cache(cache_file)
-    hashes: dict[str, str] = {}
-    for path in [weights] if weights.is_file() else weight_files(weights):
-        named = hub_sha256(path)
-        if named is not None:
-            hashes[path.name] = named
-            continue
-        target = path.resolve()
-        try:
-            state = target.stat()
-            stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
-            entry = remembered.get(str(target))
-            if entry is None or entry[:3] != stamp:
-                entry = remembered[str(target)] = [*stamp, _hash_weights(target)]
-                if cache_file is not None:  # at once: the next one may take minutes
-                    cache_file.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomic(cache_file, canonical_json(remembered))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        hashes[path.name] = str(entry[3])
-    return hashes
-
-
-def hub_sha256(path: Path) -> str | None:
-    """The sha256 by which the hub cache names a file's content; None for any other file.
-
-    snapshots/<commit>/<file> links to models--<owner>--<name>/blobs/<etag>, and the etag of a file
-    in Git LFS, as weights are, is its sha256 (of others a Git id, 40 digits). That blob may in turn
-    link to <cache>/blobs/<xx>/<hash>, shared between repositories and named by Xet's own hash,
-    which is no sha256: so links are followed one by one.
-    Source: huggingface_hub, "Understand caching" and `file_download._create_symlink`.
-    """
-    for _ in range(LINKS_MAX):
-        blobs = path.parent
-        if blobs.name == "blobs" and blobs.parent.name.startswith("models--"):
-            return path.name if SHA256.fullmatch(path.name) else None
-        if not path.is_symlink():
-            return None
-        path = Path(os.path.normpath(blobs.resolve() / os.readlink(path)))
-    return None
-
-
-def _hash_weights(path: Path) -> str:
-    """sha256, with a progress bar for a file that takes more than a moment."""
-    size = path.stat().st_size
-    quiet = size < SHOWN_FROM_BYTES or os.environ.get("LOCAL_RANK", "0") != "0"
-    with Progress(f"hashing {path.name}", size >> 20, "MiB", quiet=quiet) as progress:
-        return sha256_file(path, lambda count: progress.update(count >> 20))
-
-
-def _load_cache(cache_file: Path | None) -> dict[str, list[Any]]:
-    """path -> [size, mtime_ns, inode, sha256]. A cache that cannot be read counts as empty: the
-    files are then hashed again."""
-    try:
-        value = json.loads(read_own(cache_file)) if cache_file is not None else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(value, dict):
-        return {}
-    return {
-        str(key): entry
-        for key, entry in value.items()
-        if isinstance(entry, list) and len(entry) == 4 and SHA256.fullmatch(str(entry[3]))
-    }

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_lora import models
-from qwen_lora.models import hub_sha256, weight_hashes
+from qwen_lora import weight_hashes as hashes
+from qwen_lora.weight_hashes import hub_sha256, weight_hashes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = b"these are the weights " * 1000
@@ -96,7 +96,7 @@ def downloaded(hub: str, tmp_path: Path) -> Path:
 
 
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "sha256_file", None)  # a call would raise
+    monkeypatch.setattr(hashes, "sha256_file", None)  # a call would raise
 
 
 def test_a_downloaded_weight_file_is_named_by_its_sha256(downloaded: Path, tmp_path, monkeypatch):

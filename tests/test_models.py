@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwen_lora import models
+from qwen_lora import weight_hashes as hashes
 from qwen_lora.errors import InputError
 from qwen_lora.hashing import sha256_file
-from qwen_lora.models import resolve_model, weight_files, weight_hashes
+from qwen_lora.models import resolve_model, weight_files
+from qwen_lora.weight_hashes import weight_hashes
 
 STAGE_1 = ["vae", "text_encoder", "tokenizer"]
 STAGE_2 = ["transformer", "scheduler"]
@@ -34,6 +35,7 @@ def test_a_folder(tiny_model: Path) -> None:
 def test_no_torch_is_imported(tiny_model: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from qwen_lora.models import *; "
+        "from qwen_lora.weight_hashes import weight_hashes; "
         f"m = resolve_model({str(tiny_model)!r}, {STAGE_1!r}); weight_hashes(m.component('vae')); "
         "m.family.encoder_facts(m); assert 'torch' not in sys.modules"
     )
@@ -158,42 +160,6 @@ def test_only_the_asked_components_are_downloaded(hub_cache: Path, monkeypatch) 
     assert not any(".bin" in pattern or ".py" in pattern for pattern in asked["patterns"])
 
 
-def test_hub_blobs_are_not_read(hub_cache: Path, monkeypatch) -> None:
-    (weights,) = (hub_cache / "transformer").glob("*.safetensors")
-    expected = {weights.name: sha256_file(weights)}
-    monkeypatch.setattr(models, "sha256_file", None)  # a call would raise
-    assert weight_hashes(hub_cache / "transformer") == expected
-
-
-def test_weights_that_cannot_be_read(tiny_model: Path, monkeypatch) -> None:
-    def denied(path: Path, on_bytes: object) -> str:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(models, "sha256_file", denied)
-    with pytest.raises(InputError, match="safetensors cannot be read: Permission denied"):
-        weight_hashes(tiny_model / "vae")
-
-
-def test_hashes_are_remembered_until_the_file_changes(tiny_model: Path, tmp_path, monkeypatch):
-    folder = shutil.copytree(tiny_model / "vae", tmp_path / "vae")
-    cache = tmp_path / "state" / "hashes.json"
-    read: list[Path] = []
-    monkeypatch.setattr(
-        models, "sha256_file", lambda path, on_bytes: read.append(path) or sha256_file(path)
-    )
-    first = weight_hashes(folder, cache)
-    (name,) = first
-    assert first == {name: sha256_file(folder / name)} and len(read) == 1
-    assert weight_hashes(folder, cache) == first and len(read) == 1
-    data = bytearray((folder / name).read_bytes())
-    data[-1] ^= 1
-    (folder / name).write_bytes(data)
-    changed = weight_hashes(folder, cache)
-    assert changed == {name: sha256_file(folder / name)} != first and len(read) == 2
-    cache.write_text("{broken")
-    assert weight_hashes(folder, cache) == changed and len(read) == 3
-
-
 def test_sharded_weights(tiny_model: Path, tmp_path: Path) -> None:
     import torch
     from diffusers import QwenImageTransformer2DModel
@@ -230,10 +196,8 @@ def test_weights_that_are_refused(tiny_model: Path, tmp_path: Path) -> None:
         weight_files(folder)
 
 
-def test_hashing_a_large_file_shows_that_something_happens(tmp_path: Path, monkeypatch, capsys):
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
-    weight_hashes(tmp_path)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(models, "SHOWN_FROM_BYTES", 1 << 20)
-    weight_hashes(tmp_path)
-    assert "hashing model.safetensors: 3/3 MiB" in capsys.readouterr().err
+def test_hub_blobs_are_not_read(hub_cache: Path, monkeypatch) -> None:
+    (weights,) = (hub_cache / "transformer").glob("*.safetensors")
+    expected = {weights.name: sha256_file(weights)}
+    monkeypatch.setattr(hashes, "sha256_file", None)  # a call would raise
+    assert weight_hashes(hub_cache / "transformer") == expected

@@ -11,10 +11,11 @@ from typing import Any
 from qwen_lora import __version__
 from qwen_lora.config.schema import DataConfig, Settings
 from qwen_lora.errors import InputError
-from qwen_lora.models import ModelFolder, weight_hashes
+from qwen_lora.models import ModelFolder
 from qwen_lora.precompute.images import RESIZE_ALGORITHM, SCALED_DECODE
 from qwen_lora.shards.format import Fingerprint, Manifest
 from qwen_lora.shards.safe import printable
+from qwen_lora.weight_hashes import weight_hashes
 
 LATENT_DTYPE = "float16"
 EMBEDS_DTYPE = "bfloat16"
@@ -32,11 +33,13 @@ SHOWN_WHOLE, SHOWN_CUT, SHOWN_BEFORE = 40, 24, 8  # characters of a value in a r
 PRIVACY_KEYS = ("captions_in_shards", "source_names")  # settings that leave facts out
 
 
-def make_fingerprint(model: ModelFolder, settings: Settings, cache_file: Path) -> Fingerprint:
-    """Hash the encoders' weights (remembered in `cache_file`) and gather the facts around them."""
+def make_fingerprint(
+    model: ModelFolder, settings: Settings, hashes: Path | None = None
+) -> Fingerprint:
+    """Hash the encoders' weights (remembered in `hashes`) and gather the facts around them."""
     facts, chosen = model.family.encoder_facts(model), chosen_facts(settings)
-    vae = {**facts["vae"], "weights": _weights(model, "vae", cache_file), **chosen["vae"]}
-    text = {**facts["text"], "weights": _weights(model, "text_encoder", cache_file)}
+    vae = {**facts["vae"], "weights": _weights(model, "vae", hashes), **chosen["vae"]}
+    text = {**facts["text"], "weights": _weights(model, "text_encoder", hashes)}
     return Fingerprint(model.family.name, vae, {**text, **chosen["text"]})
 
 
@@ -56,8 +59,8 @@ def chosen_facts(settings: Settings) -> dict[str, dict[str, Any]]:
     return {"vae": vae, "text": text}
 
 
-def _weights(model: ModelFolder, component: str, cache_file: Path) -> list[str]:
-    return sorted(weight_hashes(model.component(component), cache_file).values())
+def _weights(model: ModelFolder, component: str, hashes: Path | None) -> list[str]:
+    return sorted(weight_hashes(model.component(component), hashes).values())
 
 
 def pixel_facts(data: DataConfig) -> dict[str, str]:

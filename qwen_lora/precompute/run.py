@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_lora.cache_folder import cache_folder
 from qwen_lora.config.schema import Settings
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.hashing import canonical_json
@@ -93,8 +92,7 @@ def _run(
     if not world.first:
         order = Order.from_json(world.share())
         if world.leads_other_node:
-            remembered = cache_folder("weight-hashes.json")
-            mine = make_fingerprint(model, settings, remembered)
+            mine = make_fingerprint(model, settings)
             check_same_encoders(mine, order.fingerprint, world)
         done, _ = _encode(order, settings, model, store, local, world)
         world.gather(_answer(done))

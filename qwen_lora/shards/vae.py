@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_lora.errors import InputError
-from qwen_lora.models import resolve_model, weight_hashes
+from qwen_lora.models import resolve_model
 from qwen_lora.shards.format import Manifest
+from qwen_lora.weight_hashes import weight_hashes
 
 
 def vae_painter(

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_lora.cache_folder import cache_folder
 from qwen_lora.config.schema import Settings, ShardSource
 from qwen_lora.errors import InputError, QwenLoraError
 from qwen_lora.families.base import ForwardOptions, Recompute
@@ -120,7 +119,7 @@ def _compare(exact: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
 def _measure(
     model: ModelFolder, settings: Settings, batch: LoadedBatch, device: torch.device
 ) -> Measured:
-    named = base_fingerprint(model, cache_folder("weight-hashes.json"))
+    named = base_fingerprint(model)
     table = modulation_table(model, settings, device, named)
     streamed = not _fits(model, settings, batch, device)
     on_device = 0 if streamed else None
