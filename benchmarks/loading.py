@@ -5,11 +5,12 @@ python benchmarks/loading.py --mib 16384
 
 Random bf16 weights in Qwen-Image's layout are written first, so the files are in the page cache.
 "reading" reads them with one thread, into a small buffer again and again; "reading, kept" into new
-memory, as whoever keeps the bytes must. Each way runs in a process of its own, and more than once
-there: "first" is the first time, when a virtual machine may have to ask its host for memory,
-"again" the median of the others. A loaded model counts as it is when every page of it was looked
-at. Memory is the process's own on the host (RssAnon: mapped files do not count, the system takes
-them back); "above" is the most during loading beyond what stays.
+memory, as whoever keeps the bytes must; "diffusers" is `from_pretrained` in bf16, which on a CPU
+maps the files and reads nothing before its first use. Each way runs in a process of its own, and
+more than once there: "first" is the first time, when a virtual machine may have to ask its host for
+memory, "again" the median of the others. A model is loaded when every page of it was looked at.
+Memory is the process's own on the host (RssAnon: mapped files do not count, the system takes them
+back); "above" is the most during loading beyond what stays.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from qwen_lora.models import resolve_model, weight_files
 
 HEAD, NAME = 128, "diffusion_pytorch_model"
 WAYS = ("bf16", "fp8", "int8", "nf4")
-READING = "reading, kept"
+READING, DIFFUSERS = "reading, kept", "diffusers"
 AGAIN = 3
 MIB = 1 << 20
 
@@ -60,7 +61,8 @@ def main() -> None:
         _join(files, single)
         rows: list[list[object]] = [["reading", "", f"{reading:.3f}", "1.00", *[""] * 4]]
         kept = 0.0
-        for way, source in [(READING, None), *_ways(options.ways, single)]:
+        others: list[tuple[str, Path | None]] = [(READING, None), (DIFFUSERS, None)]
+        for way, source in [*others, *_ways(options.ways, single)]:
             found = [_in_process(folder, way, source) for _ in range(options.repeats)]
             if "error" in found[0]:
                 rows.append([way, found[0]["error"], *[""] * 6])
@@ -69,7 +71,7 @@ def main() -> None:
             kept = kept or middle["again"]
             rows.append(
                 [
-                    way if way == READING else f"{way}, {_sources(source, files)}",
+                    f"{way}, one file" if source else way,
                     f"{middle['first']:.3f}",
                     f"{middle['again']:.3f}",
                     f"{middle['again'] / reading:.2f}",
@@ -77,7 +79,16 @@ def main() -> None:
                     *(f"{middle[key] / MIB:.0f}" for key in ("held", "stays", "above")),
                 ]
             )
-    header = ["", "first s", "again s", "of reading", "of kept", "weights MiB", "host MiB", "above"]
+    header = [
+        "this project unless named",
+        "first s",
+        "again s",
+        "of reading",
+        "of kept",
+        "weights MiB",
+        "host MiB",
+        "above",
+    ]
     title = f"{total / MIB:.0f} MiB in {len(files)} files, a block is {block / MIB:.0f} MiB"
     print_table(title, header, rows)
 
@@ -85,10 +96,6 @@ def main() -> None:
 def _ways(names: list[str], single: Path) -> list[tuple[str, Path | None]]:
     both = ("bf16", "fp8")
     return [(way, file) for way in names for file in (None, single) if way in both or file is None]
-
-
-def _sources(single: Path | None, files: list[Path]) -> str:
-    return "one file" if single else f"{len(files)} files"
 
 
 def _options() -> argparse.Namespace:
@@ -180,7 +187,12 @@ def _in_process(folder: Path, way: str, single: Path | None) -> dict[str, Any]:
 
 def _measure(folder: Path, way: str, single: Path | None) -> dict[str, float]:
     """Seconds and bytes; the libraries are imported and the device is awake before."""
-    make = _reader(folder) if way == READING else _loader(folder, way, single)
+    if way == READING:
+        make = _reader(folder)
+    elif way == DIFFUSERS:
+        make = _diffusers(folder)
+    else:
+        make = _loader(folder, way, single)
     before = own_memory()
     seconds = []
     for number in range(1 + AGAIN):
@@ -210,6 +222,21 @@ def _measure(folder: Path, way: str, single: Path | None) -> dict[str, float]:
 def _reader(folder: Path) -> Callable[[], list[torch.Tensor]]:
     files = weight_files(folder / "transformer")
     return lambda: [torch.from_numpy(np.fromfile(path, np.uint8)) for path in files]
+
+
+def _diffusers(folder: Path) -> Callable[[], list[torch.Tensor]]:
+    from diffusers import QwenImageTransformer2DModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.zeros(1, device=device)
+
+    def load() -> list[torch.Tensor]:
+        model = QwenImageTransformer2DModel.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=torch.bfloat16
+        )
+        return [*model.to(device).parameters(), *model.buffers()]
+
+    return load
 
 
 def _loader(folder: Path, way: str, single: Path | None) -> Callable[[], list[torch.Tensor]]:
