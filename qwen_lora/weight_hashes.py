@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from qwen_lora.cache_folder import cache_folder
@@ -61,10 +61,12 @@ def _hash_all(paths: Sequence[Path]) -> Generator[tuple[Path, str]]:
         size = sum(path.stat().st_size for path in paths)
     quiet = size < SHOWN_FROM_BYTES or os.environ.get("LOCAL_RANK", "0") != "0"
     what = paths[0].name if len(paths) == 1 else f"{len(paths)} files of {paths[0].parent.name}"
-    lock, pool = Lock(), ThreadPoolExecutor(THREADS)
+    lock, pool, stopping = Lock(), ThreadPoolExecutor(THREADS), Event()
     with Progress(f"hashing {what}", size >> 20, "MiB", quiet=quiet) as progress:
 
         def count(size: int) -> None:
+            if stopping.is_set():  # interrupted: a large file is not read to its end
+                raise InterruptedError
             with lock:
                 progress.update(size >> 20)
 
@@ -75,6 +77,7 @@ def _hash_all(paths: Sequence[Path]) -> Generator[tuple[Path, str]]:
                     found = result.result()
                 yield path, found
         finally:
+            stopping.set()
             pool.shutdown(cancel_futures=True)
 
 
@@ -82,20 +85,21 @@ class _Memory:
     """Files of path -> [size, mtime_ns, inode, sha256], all with the same entries."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._entries = {file: _load(file) for file in files}
+        self._files = files
 
     def recall(self, path: Path, stamp: list[int]) -> str | None:
         """What one of them knows all know from then on."""
         name = str(path.resolve())
-        for entries in self._entries.values():
-            if (entry := entries.get(name)) and entry[:3] == stamp:
+        for file in self._files:
+            if (entry := _load(file).get(name)) and entry[:3] == stamp:
                 self.keep(path, stamp, str(entry[3]))
                 return str(entry[3])
         return None
 
     def keep(self, path: Path, stamp: list[int], found: str) -> None:
         name, entry = str(path.resolve()), [*stamp, found]
-        for file, entries in self._entries.items():
+        for file in self._files:
+            entries = _load(file)  # other runs may have written meanwhile
             if entries.get(name) == entry:
                 continue
             entries[name] = entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Barrier
 
@@ -109,3 +110,37 @@ def test_several_files_are_hashed_at_a_time(tmp_path: Path, monkeypatch, capsys)
     monkeypatch.setattr(module, "SHOWN_FROM_BYTES", 1 << 20)
     assert weight_hashes(folder) == {name: sha256_file(folder / name) for name in names}
     assert "hashing 9 files of transformer: 9/9 MiB" in capsys.readouterr().err
+
+
+def test_an_interrupt_waits_for_no_file(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(10))
+
+    def endless(path: Path, on_bytes: Callable[[int], None]) -> str:
+        while True:
+            on_bytes(0)
+
+    monkeypatch.setattr(module, "sha256_file", endless)
+    monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        weight_hashes(tmp_path)
+
+
+def interrupt(self: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_runs_at_once_both_remember(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    """The other one writes while this one hashes."""
+    first = weight_hashes(tiny_model / "vae")
+    (tmp_path / "home" / FILE).unlink()
+
+    def meanwhile(path: Path, on_bytes: Callable[[int], None]) -> str:
+        if path.parent.name == "transformer":
+            assert weight_hashes(tiny_model / "vae") == first
+        return sha256_file(path, on_bytes)
+
+    monkeypatch.setattr(module, "sha256_file", meanwhile)
+    second = weight_hashes(tiny_model / "transformer")
+    monkeypatch.setattr(module, "sha256_file", None)
+    assert weight_hashes(tiny_model / "vae") == first
+    assert weight_hashes(tiny_model / "transformer") == second
