@@ -21,8 +21,8 @@ def host_buffer(size: int, device: torch.device) -> torch.Tensor:
     of the system) the memory is ordinary, and a warning says so once: copies are then slower and
     nothing is computed meanwhile.
 
-    In large pages where the system has them: new memory is then filled 3 times as fast, and locked
-    too. Not torch's own pinned memory: that takes the next power of two of bytes.
+    In large pages where the system has them, which are filled and locked in half of the time and
+    less (docs/speed.md). Not torch's own pinned memory: that takes the next power of two of bytes.
     """
     pages = _new_pages(max(size, 1))
     buffer = torch.frombuffer(pages, dtype=torch.uint8)[:size]
