@@ -186,25 +186,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component, sharded or not, sorted by name.
+def weight_files(weights: Path) -> list[Path]:
+    """The safetensors files of a component, sorted by name. weights: its folder, or one file.
 
     Raises InputError if there are none, if one that the index names is missing, or if the weights
     come as pickles only.
     """
+    if weights.is_file():
+        return [weights]
     for name in WEIGHT_NAMES:
-        index = folder / f"{name}.index.json"
+        index = weights / f"{name}.index.json"
         if index.is_file():
             return _indexed_files(index)
-        if (folder / name).is_file():
-            return [folder / name]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+        if (weights / name).is_file():
+            return [weights / name]
+    pickled = sorted(path.name for path in weights.glob("*.bin"))
     if pickled:
         raise InputError(
-            f"{folder} holds its weights as {pickled[0]} only; this project reads safetensors, "
+            f"{weights} holds its weights as {pickled[0]} only; this project reads safetensors, "
             "which cannot run code: convert them with save_pretrained"
         )
-    raise InputError(f"{folder} has no weights ({' or '.join(WEIGHT_NAMES)})")
+    raise InputError(f"{weights} has no weights ({' or '.join(WEIGHT_NAMES)})")
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -36,7 +36,7 @@ def weight_hashes(weights: Path, also: Path | None = None) -> dict[str, str]:
     and in the file `also`, which may lie where the next machine finds it.
     Raises InputError for one that cannot be read.
     """
-    paths = [weights] if weights.is_file() else weight_files(weights)
+    paths = weight_files(weights)
     memory = _Memory([cache_folder(FILE), *([also] if also else [])])
     hashes, stamps = dict[str, str | None](), dict[Path, list[int]]()
     for path in paths:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Barrier
+from time import sleep
 
 import pytest
 
@@ -115,14 +116,23 @@ def test_several_files_are_hashed_at_a_time(tmp_path: Path, monkeypatch, capsys)
 def test_an_interrupt_waits_for_no_file(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(10))
 
-    def endless(path: Path, on_bytes: Callable[[int], None]) -> str:
-        while True:
-            on_bytes(0)
+    stopped = []
 
-    monkeypatch.setattr(module, "sha256_file", endless)
+    def long(path: Path, on_bytes: Callable[[int], None]) -> str:
+        try:
+            for _ in range(6000):
+                sleep(0.01)
+                on_bytes(0)
+        except OSError as error:
+            stopped.append(error)
+            raise
+        return ""
+
+    monkeypatch.setattr(module, "sha256_file", long)
     monkeypatch.setattr(Future, "result", interrupt)
     with pytest.raises(KeyboardInterrupt):
         weight_hashes(tmp_path)
+    assert stopped
 
 
 def interrupt(self: object) -> None:

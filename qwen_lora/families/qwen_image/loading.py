@@ -78,7 +78,7 @@ def load_weights(
         if not made_from_weight(module, name)
     }
     missing = set(parameters)
-    memory = read_memory(device) if in_memory or device.type != "cpu" else None
+    memory = read_memory(device)
 
     def take(file: _File) -> None:
         names = {key: name for key in file.weights if (name := rename(key)) is not None}
@@ -91,7 +91,8 @@ def load_weights(
             if mesh_of(parameters[names[key]]) is not None:
                 return False  # its own rows alone are read
             # What a CPU only converts it best reads as it does so.
-            return device.type != "cpu" or stored == _kept_dtype(module, names[key], dtype)
+            kept = in_memory and stored == _kept_dtype(module, names[key], dtype)
+            return kept or device.type != "cpu"
 
         with closing(file.read_all(names, memory, is_ahead)) as tensors:
             for key, tensor in tensors:
@@ -103,7 +104,7 @@ def load_weights(
                 place(module, name, tensor, device, dtype)
                 placed(name)
 
-    for path in files_of(weights):
+    for path in weight_files(weights):
         with _open(path, single=path == weights) as file:
             take(file)
     if missing:
@@ -118,7 +119,7 @@ def open_weights(weights: Path) -> Iterator[Callable[[str], torch.Tensor]]:
     that is not there. weights: as in `load_weights`."""
     with ExitStack() as stack:
         files: dict[str, _File] = {}
-        for path in files_of(weights):
+        for path in weight_files(weights):
             file = stack.enter_context(_open(path, single=path == weights))
             files |= dict.fromkeys(file.weights, file)
 
@@ -129,10 +130,6 @@ def open_weights(weights: Path) -> Iterator[Callable[[str], torch.Tensor]]:
             return found.dense() if isinstance(found, Stored) else found
 
         yield read
-
-
-def files_of(weights: Path) -> list[Path]:
-    return [weights] if weights.is_file() else weight_files(weights)
 
 
 @dataclass(frozen=True)
@@ -149,26 +146,22 @@ class _File:
     def read_all(
         self,
         keys: Iterable[str],
-        memory: Memory | None,
+        memory: Memory,
         is_ahead: Callable[[str, torch.dtype], bool],
     ) -> Generator[tuple[str, torch.Tensor | Stored]]:
         """Each key's weight in turn, valid until the next one is asked for. What `is_ahead`, of a
         key and its type in the file, is read ahead into `memory`, if that is large enough; all else
         is mapped."""
         with _reading(self.path):
-            known = spans(self.path) if memory else {}
+            known = spans(self.path)
         ahead = {
             key: span
             for key in keys
-            if memory is not None
-            and (span := known.get(self.weights[key].key)) is not None
+            if (span := known.get(self.weights[key].key)) is not None
             and span.size <= memory.limit
             and is_ahead(key, span.dtype)
         }
-        with ExitStack() as stack:
-            if memory is not None:
-                reads = read_ahead(self.path, list(ahead.values()), memory)
-                stack.enter_context(closing(reads))
+        with closing(read_ahead(self.path, list(ahead.values()), memory)) as reads:
             for key in keys:
                 if key in ahead:
                     with _reading(self.path):
